@@ -1,0 +1,245 @@
+"""`softprune …`: the command line."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from softprune import __version__
+from softprune import mask as mask_file
+from softprune.checkpoint import synth as synth_module
+from softprune.checkpoint.dequantize import dequantize_checkpoint
+from softprune.checkpoint.families import ModelSpec, family_of, read_config, spec_of
+from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
+from softprune.checkpoint.headers import TensorIndex
+from softprune.checkpoint.presets import PRESETS
+from softprune.errors import CheckpointError, MaskError, SoftpruneError
+from softprune.mask import ExpertMask
+from softprune.mask_forms import SECTIONS, build, convert
+from softprune.report.keep_map import keep_map
+from softprune.report.progress import tensor_progress
+
+
+class _Group(typer.core.TyperGroup):
+    """Shows softprune's own errors as one line, and exits with 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SoftpruneError as error:
+            Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+            ctx.exit(2)
+
+
+_OPTIONS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": "rich"}
+app = typer.Typer(
+    cls=_Group, add_completion=False, help="Prune the experts of Mixture-of-Experts models while SGLang and vLLM serve them.", **_OPTIONS
+)
+mask_app = typer.Typer(help="Make, show, check, convert and compare expert masks.", **_OPTIONS)
+checkpoint_app = typer.Typer(help="Look at checkpoints, make random ones, dequantise MXFP4.", **_OPTIONS)
+app.add_typer(mask_app, name="mask")
+app.add_typer(checkpoint_app, name="checkpoint")
+console = Console(highlight=False)
+
+Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
+MaskPath = Annotated[Path, typer.Argument(metavar="FILE", help="Expert mask file.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
+
+
+@mask_app.command("new")
+def mask_new(
+    model: Model,
+    out: Out,
+    keep_random: Annotated[int | None, typer.Option(help="Keep this many experts a layer, chosen at random.")] = None,
+    keep_first: Annotated[int | None, typer.Option(help="Keep the first so many experts of each layer.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep what a file says: a list of lists of ids, or any form that `convert` reads.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed for --keep-random.")] = 0,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token; without it, the model's own.")] = None,
+) -> None:
+    """Make a mask for a model, by exactly one of --keep-random, --keep-first and --keep."""
+    spec, fingerprint = _model(model)
+    if sum(option is not None for option in (keep_random, keep_first, keep)) != 1:
+        raise typer.BadParameter("give exactly one of --keep-random, --keep-first and --keep")
+    if keep is not None:
+        mask = convert(keep, spec, fingerprint, top_k=top_k)
+    else:
+        number = keep_first if keep_random is None else keep_random
+        assert number is not None
+        flag = "--keep-first" if keep_random is None else "--keep-random"
+        if not 1 <= number <= spec.num_experts:
+            raise MaskError(flag, "", str(number), f"from 1 to the model's {spec.num_experts} experts")
+        rng = random.Random(seed)
+        choose: Callable[[], list[int]] = (
+            (lambda: list(range(number))) if keep_random is None else (lambda: rng.sample(range(spec.num_experts), number))
+        )
+        provenance = {"method": "first"} if keep_random is None else {"method": "random", "seed": seed}
+        # With a smaller top_k fewer experts may stay, so it has to be known when the rules are checked.
+        mask = build(spec, [choose() for _ in spec.moe_layers], fingerprint, provenance, flag, top_k)
+    mask.save(out)
+    console.print(f"{out}: {_kept(mask)}, {mask.hash[:19]}…")
+
+
+@mask_app.command("show")
+def mask_show(file: MaskPath) -> None:
+    """Draw a mask: one row a layer, one cell an expert."""
+    mask = mask_file.load(file)
+    console.print(keep_map(mask))
+    fingerprint = mask.model.fingerprint or "none"
+    console.print(f"{mask.model.architecture}, fingerprint {fingerprint[:19]}…, mask {mask.hash[:19]}…")
+    if mask.provenance:
+        console.print(f"provenance: {mask.provenance}", markup=False)
+
+
+@mask_app.command("check")
+def mask_check(
+    file: MaskPath, model: Model, force: Annotated[bool, typer.Option(help="Accept a mask made for other weights.")] = False
+) -> None:
+    """Check a mask against every rule, and against a model's shape and fingerprint."""
+    mask = mask_file.load(file)
+    spec, fingerprint = _model(model)
+    mask.check_model(spec, str(file))
+    warning = mask.check_fingerprint(fingerprint, str(file), force)
+    if warning:
+        console.print(f"[yellow]warning:[/] {warning}")
+    console.print(f"{file}: fits {model}; {_kept(mask)}")
+
+
+@mask_app.command("convert")
+def mask_convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A mask or ranking in another form; see below.")],
+    model: Model,
+    out: Out,
+    keep_n: Annotated[int | None, typer.Option(help="Experts to keep a layer; for rankings.")] = None,
+    section: Annotated[str, typer.Option(help=f"Part of a topical ranking: {' or '.join(SECTIONS)}.")] = "think",
+) -> None:
+    """Turn another form of mask or ranking into an expert mask.
+
+    Reads keep_by_layer JSON, a list of lists, a rewritten checkpoint's expert_mapping.json, REAP scores YAML, and the
+    topical rankings of GPT-OSS-MoE-ExpertFingerprinting.
+    """
+    if section not in SECTIONS:
+        raise typer.BadParameter(f"found {section!r}; expected {' or '.join(SECTIONS)}", param_hint="--section")
+    spec, fingerprint = _model(model)
+    mask = convert(file, spec, fingerprint, keep_n, section)
+    mask.save(out)
+    console.print(f"{out}: {_kept(mask)}, {mask.hash[:19]}…")
+
+
+@mask_app.command("diff")
+def mask_diff(a: Annotated[Path, typer.Argument(metavar="A")], b: Annotated[Path, typer.Argument(metavar="B")]) -> None:
+    """Compare two masks layer by layer; exits with 1 if they route differently."""
+    left, right = mask_file.load(a), mask_file.load(b)
+    right.check_model(left.model.spec, str(b))
+    table = Table("layer", f"only {a.name} keeps", f"only {b.name} keeps", box=None)
+    layers = range(left.model.num_layers)
+    for layer in layers:
+        one, two = set(left.kept(layer)), set(right.kept(layer))
+        if one != two:
+            table.add_row(str(layer), _ids(one - two), _ids(two - one))
+    if table.row_count:
+        console.print(table)
+    k_differs = [layer for layer in layers if left.layer_top_k(layer) != right.layer_top_k(layer)]
+    if k_differs:
+        console.print(f"top_k differs: {left.top_k} and {right.top_k}")
+    if left.model.fingerprint != right.model.fingerprint:
+        console.print("made for different weights (fingerprints differ)")
+    if left.hash == right.hash:
+        console.print("both masks route alike")
+        return
+    console.print(f"{table.row_count} of {len(layers)} layers keep different experts")
+    raise typer.Exit(1)
+
+
+@checkpoint_app.command("info")
+def checkpoint_info(model: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder.")]) -> None:
+    """Show what a checkpoint is: family, shape, size, fingerprint."""
+    config = read_config(model)
+    source = str(model / "config.json")
+    family, spec, index = family_of(config, source), spec_of(config, source), TensorIndex(model)
+    present = [layer for layer in spec.moe_layers if family.router_weight.format(layer=layer) in index]
+    table = Table(show_header=False, box=None)
+    table.add_row("family", family.name)
+    table.add_row("architecture", spec.architecture)
+    table.add_row("MoE layers", f"{spec.num_layers}" + ("" if len(present) == spec.num_layers else f", a part: {_ids(set(present))} present"))
+    table.add_row("experts", f"{spec.num_experts}, top_k {spec.top_k}")
+    table.add_row("tensors", f"{len(index.tensors)} in {len({i.shard for i in index.tensors.values()})} shards, {_size(index.num_bytes)}")
+    experts = sum(info.num_bytes for name, info in index.tensors.items() if ".experts." in name)
+    table.add_row("experts' share", f"{_size(experts)}, {experts / index.num_bytes:.1%}")
+    table.add_row("fingerprint", fingerprint_of_checkpoint(model) if len(present) == spec.num_layers else "none, layers are missing")
+    console.print(table)
+
+
+class Storage(str, Enum):
+    """Form of the experts."""
+
+    mxfp4 = "mxfp4"
+    bf16 = "bf16"
+
+
+@checkpoint_app.command("synth")
+def checkpoint_synth(
+    preset: Annotated[str, typer.Argument(help=f"One of {', '.join(PRESETS)}.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
+    storage: Annotated[Storage, typer.Option(help="Form of the experts.")] = Storage.bf16,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    layers: Annotated[str | None, typer.Option(help="Only these decoder layers, e.g. 0,18: a part of a large model.")] = None,
+) -> None:
+    """Write a random but valid checkpoint, with a small tokenizer that knows the Harmony tokens."""
+    try:
+        chosen = None if layers is None else [int(part) for part in layers.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"found {layers!r}; expected numbers and commas, e.g. 0,18", param_hint="--layers") from None
+    with tensor_progress(None, console) as progress:
+        synth_module.synth_checkpoint(preset, out, storage.value, seed, chosen, progress=progress)
+    console.print(f"{out}: {preset}, {storage.value}, seed {seed}, {_size(TensorIndex(out).num_bytes)}")
+
+
+@checkpoint_app.command("dequantize")
+def checkpoint_dequantize(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="MXFP4 checkpoint folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make.")],
+) -> None:
+    """Turn MXFP4 experts into BF16, value for value as Transformers does, for machines without MXFP4 kernels."""
+    with tensor_progress(None, console) as progress:
+        dequantize_checkpoint(model, out, progress=progress)
+    console.print(f"{out}: {_size(TensorIndex(out).num_bytes)}")
+
+
+def _model(model: Path) -> tuple[ModelSpec, str]:
+    if not model.is_dir():
+        raise CheckpointError(str(model), "", "no such folder", "a checkpoint folder")
+    return spec_of(read_config(model), str(model / "config.json")), fingerprint_of_checkpoint(model)
+
+
+def _kept(mask: ExpertMask) -> str:
+    counts = mask.num_kept
+    span = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    top_k = "" if mask.top_k is None else f", top_k {mask.top_k}"
+    return f"keeps {span} of {mask.model.num_experts} experts in {len(counts)} layers{top_k}"
+
+
+def _ids(ids: set[int]) -> str:
+    return ", ".join(map(str, sorted(ids))) or "-"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,63 @@
+"""The errors that users see.
+
+Every message names the file, the field, what was found and what was expected, because the
+reader is usually looking at a server that refused to start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class SoftpruneError(Exception):
+    """Base class: catching it catches everything that softprune raises on purpose."""
+
+
+@dataclass
+class InputError(SoftpruneError):
+    """A file that a user gave is not what it should be.
+
+    Attributes:
+        file: the file's path as the user gave it, or a description such as "request body".
+        field: the field inside it, e.g. `keep[3]`; "" for the file as a whole.
+        found: what stands there.
+        expected: what should stand there.
+    """
+
+    file: str
+    field: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}: {self.field}" if self.field else self.file
+        return f"{where}: found {self.found}; expected {self.expected}"
+
+
+class MaskError(InputError):
+    """An expert mask that cannot be used, by itself or for the model at hand."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be read, or whose architecture is not supported."""
+
+
+class RefusedError(SoftpruneError):
+    """A server was asked for something that softprune has not proven, so it does not start."""
+
+
+class SeamError(RefusedError):
+    """A place in an engine that softprune hooks into is missing or has changed.
+
+    Attributes:
+        seam: the seam's name, as `seams.py` of the extension lists it.
+        engine: engine name and version, e.g. "vLLM 0.32.0".
+    """
+
+    def __init__(self, seam: str, engine: str, detail: str) -> None:
+        super().__init__(
+            f"seam {seam!r} does not hold in {engine}: {detail}. "
+            "softprune refuses to serve a mask that it cannot apply."
+        )
+        self.seam = seam
+        self.engine = engine

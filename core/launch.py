@@ -1,0 +1,110 @@
+"""What a server was asked for at launch, the same for every engine, and its check against the model.
+
+An extension turns its flags into a `LaunchRequest`, resolves it in the front-end process, where a
+mistake costs a second, and ships it to every worker process, which reads the mask again and refuses
+if the file is no longer the one that was checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from softprune import mask as mask_file
+from softprune.checkpoint.families import ModelSpec, spec_of
+from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
+from softprune.errors import MaskError, RefusedError
+from softprune.mask import ExpertMask
+
+
+class LaunchRequest(BaseModel):
+    """Flags of one server. Plain JSON, so that it travels in an engine's own configuration.
+
+    Attributes:
+        expert_mask: absolute path of the mask file, or None for no mask.
+        expert_top_k: experts per token asked for on the command line, or None.
+        expert_mask_force: use a mask made for other weights.
+        debug_routes: count what the routers select.
+        mask_hash: hash of the mask as checked in the front end; set by `resolve`.
+        top_k: experts per token that the engine is to run with; set by `resolve`.
+        model_top_k: the model's own; set by `resolve`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    expert_mask: str | None = None
+    expert_top_k: int | None = None
+    expert_mask_force: bool = False
+    debug_routes: bool = False
+    mask_hash: str | None = None
+    top_k: int | None = None
+    model_top_k: int | None = None
+
+    @classmethod
+    def parse(cls, data: Any, source: str) -> LaunchRequest:
+        """From a configuration object.
+
+        Raises:
+            RefusedError: an unknown field or a wrong type.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise RefusedError(f"{source}: {field}: found {first['input']!r}; expected {first['msg']}") from None
+
+    def resolve(self, config: Mapping[str, Any], model: str) -> LaunchRequest:
+        """Check the request against a model's config.json and fill in what follows from it.
+
+        Args:
+            config: the model's own config, before any override.
+            model: the checkpoint folder or Hub name, as given.
+
+        Raises:
+            MaskError, CheckpointError: the mask cannot be used for this model.
+            RefusedError: `expert_top_k` is out of range or contradicts the mask's.
+        """
+        spec = spec_of(config, f"{model}/config.json")
+        mask = self.read_mask(spec)
+        if self.expert_mask is not None:
+            assert mask is not None
+            if Path(model).is_dir():
+                mask.check_fingerprint(fingerprint_of_checkpoint(model), self.expert_mask, self.expert_mask_force)
+        return self.model_copy(
+            update={
+                "expert_mask": None if self.expert_mask is None else str(Path(self.expert_mask).absolute()),
+                "mask_hash": mask.hash if mask else None,
+                "top_k": self._top_k(mask, spec),
+                "model_top_k": spec.top_k,
+            }
+        )
+
+    def read_mask(self, spec: ModelSpec) -> ExpertMask | None:
+        """Read the mask file and check it against a model's shape.
+
+        Raises:
+            MaskError: the file is gone, broken, for another model, or not the one that `resolve` saw.
+        """
+        if self.expert_mask is None:
+            return None
+        mask = mask_file.load(self.expert_mask)
+        mask.check_model(spec, self.expert_mask)
+        if self.mask_hash is not None and mask.hash != self.mask_hash:
+            raise MaskError(self.expert_mask, "", f"another mask ({mask.hash[:19]}…) than at the start", f"{self.mask_hash[:19]}…, unchanged")
+        return mask
+
+    def _top_k(self, mask: ExpertMask | None, spec: ModelSpec) -> int:
+        flag, asked = self.expert_top_k, mask.top_k if mask else None
+        if isinstance(asked, list):
+            if len(set(asked)) > 1:
+                raise MaskError(str(self.expert_mask), "top_k", "a different number for each layer", "one number: this engine has one top_k")
+            asked = asked[0]
+        if flag is not None and not 1 <= flag <= spec.top_k:
+            raise RefusedError(f"--expert-top-k: found {flag}; expected from 1 to the model's own top_k = {spec.top_k}")
+        if flag is not None and asked is not None and flag != asked:
+            raise RefusedError(f"--expert-top-k: found {flag}; expected {asked}, as the mask {self.expert_mask} says, or no flag")
+        return flag or asked or spec.top_k

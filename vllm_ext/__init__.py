@@ -1,0 +1,15 @@
+"""softprune inside vLLM.
+
+| file | role |
+|---|---|
+| `flags` | the command line flags, and what they do to the engine's configuration |
+| `proven` | modes and MoE backends that masks are known to work with; all else is refused |
+| `seams` | the only names of vLLM's internals |
+| `routers` | finding the routers of a loaded model |
+| `worker` | masking them in every worker process, and keeping them masked |
+| `routes` | the control API on the engine's own HTTP port |
+"""
+
+from softprune.vllm_ext.flags import register
+
+__all__ = ["register"]

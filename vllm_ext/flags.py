@@ -1,0 +1,205 @@
+"""softprune's command line flags in vLLM, and what they do to the engine's configuration.
+
+The way of a mask from the command line to a worker:
+`--expert-mask` -> `EngineArgs.additional_config["softprune"]` -> `VllmConfig.additional_config` ->
+`softprune.vllm_ext.worker`, which `ParallelConfig.worker_cls` names. A worker process that cannot
+import softprune therefore cannot start, whatever became of the plugin in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from softprune.checkpoint.families import read_config
+from softprune.errors import RefusedError, SeamError
+from softprune.launch import LaunchRequest
+from softprune.vllm_ext import proven, seams
+
+logger = logging.getLogger("vllm.softprune")
+
+CONFIG_KEY = "softprune"
+"""Key under which the request travels in `additional_config`; also how `LLM(...)` asks for a mask."""
+
+FLAGS = {
+    "expert_mask": "expert_mask",
+    "expert_top_k": "expert_top_k",
+    "expert_mask_force": "expert_mask_force",
+    "softprune_debug_routes": "debug_routes",
+}
+"""Destination of each flag in the parsed arguments -> field of `LaunchRequest`."""
+
+MIDDLEWARE = "softprune.vllm_ext.routes.ControlApi"
+
+
+def register() -> None:
+    """Entry point of `vllm.general_plugins`; runs in every process of vLLM, and may run twice.
+
+    Never raises for a seam that is missing: a server that asks for nothing of softprune's is none of
+    its business. The flags and the engine's configuration refuse instead, as soon as something is asked.
+    """
+    try:
+        add_cli_args = seams.ADD_CLI_ARGS.resolve()
+        from_cli_args = seams.FROM_CLI_ARGS.resolve()
+        create_engine_config = seams.CREATE_ENGINE_CONFIG.resolve()
+    except SeamError as error:
+        logger.error("%s", error)  # the flags stay unknown, so the parser refuses them
+        _refuse_engine_config(error)
+        return
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs, "_softprune", False):
+        return
+    EngineArgs._softprune = True
+
+    @functools.wraps(add_cli_args)
+    def add_flags(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        _add_flags(parser)
+        return parser
+
+    def read_flags(cls: Any, args: argparse.Namespace) -> Any:
+        engine_args = from_cli_args.__func__(cls, args)
+        _into_additional_config(engine_args, args)
+        return engine_args
+
+    @functools.wraps(create_engine_config)
+    def configure(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = _prepare(self)
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        if request is not None:
+            _install(vllm_config, request)
+        return vllm_config
+
+    EngineArgs.add_cli_args = staticmethod(add_flags)
+    EngineArgs.from_cli_args = classmethod(read_flags)
+    EngineArgs.create_engine_config = configure
+
+
+def _refuse_engine_config(error: SeamError) -> None:
+    """With the plugin out of order, `LLM(additional_config=…)` must not run unmasked."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = getattr(EngineArgs, "create_engine_config", None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def configure(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.additional_config, dict) and CONFIG_KEY in self.additional_config:
+            raise error
+        return original(self, *args, **kwargs)
+
+    EngineArgs.create_engine_config = configure
+
+
+class _Flag(argparse.Action):
+    """A softprune flag: checks the seams, and puts the control API (with its check at start-up) in place."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.is_switch = kwargs.pop("is_switch", False)
+        super().__init__(*args, **kwargs, nargs=0 if self.is_switch else None)
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        try:
+            seams.check(seams.FRONT_END)
+        except SeamError as error:
+            parser.error(f"{option_string}: {error}")
+        if not hasattr(namespace, "middleware"):
+            parser.error(f"{option_string}: {SeamError('cli.middleware', seams.engine(), 'there is no --middleware flag')}")
+        if MIDDLEWARE not in namespace.middleware:
+            namespace.middleware = [*namespace.middleware, MIDDLEWARE]
+        setattr(namespace, self.dest, True if self.is_switch else values)
+
+
+def _add_flags(parser: Any) -> None:
+    group = parser.add_argument_group("softprune", "Prune experts while serving (https://pypi.org/project/softprune).")
+    group.add_argument(
+        "--expert-mask", action=_Flag, metavar="FILE",
+        help="Expert mask (softprune mask new): pruned experts are never routed to.",
+    )  # fmt: skip
+    group.add_argument(
+        "--expert-top-k", action=_Flag, type=int, metavar="K",
+        help="Experts per token, from 1 to the model's own number.",
+    )  # fmt: skip
+    group.add_argument(
+        "--expert-mask-force", action=_Flag, is_switch=True, default=False,
+        help="Use a mask whose fingerprint is that of other weights. Lifts no other check.",
+    )  # fmt: skip
+    group.add_argument(
+        "--softprune-debug-routes", action=_Flag, is_switch=True, default=False,
+        help="Count what every router selects (GET /softprune/v1/routes); needs --enforce-eager.",
+    )  # fmt: skip
+    group.add_argument(
+        "--softprune-key", metavar="KEY", default=None,
+        help="Key of the control API; else SOFTPRUNE_KEY, else one is generated and its file logged.",
+    )  # fmt: skip
+
+
+def _into_additional_config(engine_args: Any, args: argparse.Namespace) -> None:
+    given = {field: getattr(args, flag, None) for flag, field in FLAGS.items()}
+    given = {field: value for field, value in given.items() if value not in (None, False)}
+    if not given:
+        return
+    config = dict(engine_args.additional_config or {})
+    if CONFIG_KEY in config:
+        raise RefusedError(f"--additional-config already has {CONFIG_KEY!r}; expected either it or softprune's own flags")
+    engine_args.additional_config = {**config, CONFIG_KEY: given}
+
+
+def _prepare(engine_args: Any) -> LaunchRequest | None:
+    """Check what is asked against the model, before vLLM makes its configuration."""
+    config = engine_args.additional_config
+    if not isinstance(config, dict) or CONFIG_KEY not in config:
+        return None
+    seams.check(seams.FRONT_END)
+    request = LaunchRequest.parse(config[CONFIG_KEY], f"additional_config.{CONFIG_KEY}")
+    model = str(engine_args.hf_config_path or engine_args.model)
+    request = request.resolve(_model_config(engine_args, model), str(engine_args.model))
+    if request.debug_routes and not engine_args.enforce_eager:
+        raise RefusedError("--softprune-debug-routes needs --enforce-eager: inside CUDA graphs and compiled code it would see nothing")
+    engine_args.additional_config = {**config, CONFIG_KEY: request.model_dump()}
+    if request.top_k != request.model_top_k:
+        _override_top_k(engine_args, request)
+    return request
+
+
+def _model_config(engine_args: Any, model: str) -> dict[str, Any]:
+    """The model's own config.json, from a folder or from the Hub's cache, without any override."""
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model, revision=engine_args.revision)
+    except OSError:
+        return read_config(model)
+    return dict(config)
+
+
+def _override_top_k(engine_args: Any, request: LaunchRequest) -> None:
+    """Give K to vLLM through `hf_overrides`, so that kernels and graphs are built for it."""
+    overrides = engine_args.hf_overrides or {}
+    if not isinstance(overrides, dict):
+        raise RefusedError("--expert-top-k together with a callable hf_overrides is not supported; set num_experts_per_tok there")
+    top_k = {"num_experts_per_tok": request.top_k, "experts_per_token": request.top_k}
+    for key, value in top_k.items():
+        if overrides.get(key, value) != value:
+            raise RefusedError(f"hf_overrides.{key}: found {overrides[key]}; expected {value}, as --expert-top-k or the mask says")
+    engine_args.hf_overrides = {**overrides, **top_k}
+
+
+def _install(vllm_config: Any, request: LaunchRequest) -> None:
+    """Refuse unproven modes, and put our worker class in vLLM's place."""
+    from softprune.vllm_ext.worker import WORKERS
+
+    if vllm_config.additional_config.get(CONFIG_KEY) != request.model_dump():
+        raise SeamError(seams.ADDITIONAL_CONFIG.name, seams.engine(), "VllmConfig did not take over EngineArgs.additional_config")
+    proven.check_modes(vllm_config)
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls not in WORKERS:
+        raise RefusedError(
+            f"--worker-cls ({parallel.worker_cls}) is not proven together with an expert mask in {seams.engine()}; "
+            f"proven: {', '.join(WORKERS)}"
+        )
+    parallel.worker_cls = WORKERS[parallel.worker_cls]

@@ -1,0 +1,104 @@
+"""What masks are known to work with in vLLM. Whatever is not listed is refused by name.
+
+The README's table is this file in prose; the evidence is in tests/engines and bench/results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from softprune.errors import RefusedError
+from softprune.vllm_ext import seams
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to run vLLM that a mask has not been proven with.
+
+    Attributes:
+        flag: what a user would have typed.
+        path: where VllmConfig says so.
+        is_off: whether a value means that the mode is not in use.
+    """
+
+    flag: str
+    path: str
+    is_off: Callable[[Any], bool]
+
+
+def _falsy(value: Any) -> bool:
+    return not value
+
+
+def _one(value: Any) -> bool:
+    return value == 1
+
+
+UNPROVEN_MODES = (
+    Mode("--pipeline-parallel-size", "parallel_config.pipeline_parallel_size", _one),
+    Mode("--data-parallel-size", "parallel_config.data_parallel_size", _one),
+    Mode("--prefill-context-parallel-size", "parallel_config.prefill_context_parallel_size", _one),
+    Mode("--decode-context-parallel-size", "parallel_config.decode_context_parallel_size", _one),
+    Mode("--enable-expert-parallel", "parallel_config.enable_expert_parallel", _falsy),
+    Mode("--enable-eplb", "parallel_config.enable_eplb", _falsy),
+    Mode("--enable-elastic-ep", "parallel_config.enable_elastic_ep", _falsy),
+    Mode("--enable-dbo", "parallel_config.enable_dbo", _falsy),
+    Mode("--nnodes", "parallel_config.nnodes", _one),
+    Mode("--api-server-count", "parallel_config._api_process_count", _one),
+    Mode("--distributed-executor-backend", "parallel_config.distributed_executor_backend", lambda v: v in (None, "mp", "uni")),
+    Mode("--worker-extension-cls", "parallel_config.worker_extension_cls", _falsy),
+    Mode("--speculative-config", "speculative_config", _falsy),
+    Mode("--enable-lora", "lora_config", _falsy),
+    Mode("--enable-sleep-mode", "model_config.enable_sleep_mode", _falsy),
+    Mode("--weight-transfer-config", "weight_transfer_config", _falsy),
+    Mode("--kv-transfer-config", "kv_transfer_config", _falsy),
+    Mode("--ec-transfer-config", "ec_transfer_config", _falsy),
+    Mode("--cpu-offload-gb", "offload_config.uva.cpu_offload_gb", _falsy),
+    Mode("--offload-group-size", "offload_config.prefetch.offload_group_size", _falsy),
+    Mode("--load-format", "load_config.load_format", lambda v: v in ("auto", "safetensors", "hf")),
+    Mode("--model-impl", "model_config.model_impl", lambda v: v in ("auto", "vllm")),
+)
+
+PROVEN_BACKENDS = {"CPU": "CPU"}
+"""MoE backends by vLLM's own name for the one it chose, and what proves them."""
+
+POWER_OF_TWO_TOP_K = ("TRITON", "TRITON_UNFUSED")
+"""MXFP4 backends whose routing kernel takes a top_k that is a power of two only."""
+
+
+def check_modes(vllm_config: Any) -> None:
+    """Refuse a mode that masks are not proven with.
+
+    Raises:
+        RefusedError: names the flag, and what was found.
+        SeamError: a mode cannot be read in this version of vLLM.
+    """
+    for mode in UNPROVEN_MODES:
+        value = seams.attribute(vllm_config, mode.path, "config." + mode.path)
+        if not mode.is_off(value):
+            shown = value if isinstance(value, (str, int, float, bool)) else "set"
+            raise RefusedError(
+                f"{mode.flag} ({shown}) is not proven together with an expert mask in {seams.engine()}; "
+                "softprune refuses to start. Leave it out, or leave the softprune flags out."
+            )
+
+
+def check_backend(backend: str, top_k: int) -> None:
+    """Refuse an MoE backend that masks are not proven with, or a top_k that its kernel cannot take.
+
+    Args:
+        backend: vLLM's name for the backend in use.
+        top_k: experts per token.
+
+    Raises:
+        RefusedError: not proven, or top_k is not a power of two where it has to be.
+    """
+    if backend not in PROVEN_BACKENDS:
+        raise RefusedError(
+            f"MoE backend {backend} is not proven with an expert mask in {seams.engine()}; "
+            f"proven: {', '.join(PROVEN_BACKENDS)}. Choose another with --moe-backend."
+        )
+    if backend in POWER_OF_TWO_TOP_K and top_k & (top_k - 1):
+        raise RefusedError(f"top_k {top_k}: MoE backend {backend} takes powers of two only (1, 2, 4, ...)")

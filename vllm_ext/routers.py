@@ -1,0 +1,139 @@
+"""Finding the routers of a model that vLLM has built, per architecture.
+
+gpt-oss routers bring a bias. Qwen3-MoE gates have none and are given one of zeros before the first
+step is compiled or captured: the GEMM then adds it in its epilogue.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from softprune.checkpoint.families import ModelSpec
+from softprune.errors import RefusedError
+from softprune.runtime.router_mask import Router
+from softprune.vllm_ext import seams
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an architecture's MoE block keeps its router.
+
+    Attributes:
+        block: the block's class.
+        router: the router's attribute in the block.
+        has_bias: whether the checkpoint has a router bias.
+    """
+
+    block: seams.Seam
+    router: str
+    has_bias: bool
+
+
+SITES = {
+    "GptOssForCausalLM": Site(seams.GPT_OSS_BLOCK, "router", has_bias=True),
+    "Qwen3MoeForCausalLM": Site(seams.QWEN3_MOE_BLOCK, "gate", has_bias=False),
+}
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer of a loaded model: its router module and the runner that selects and computes."""
+
+    name: str
+    gate: nn.Module
+    runner: Any
+    has_bias: bool
+
+
+def find(model: nn.Module, spec: ModelSpec) -> list[MoeLayer]:
+    """All MoE layers of a model, in layer order.
+
+    Raises:
+        RefusedError: the architecture has no proven place for a mask, or a layer is missing here.
+        SeamError: a block does not look as expected.
+    """
+    site = SITES.get(spec.architecture)
+    if site is None:
+        raise RefusedError(f"architecture {spec.architecture}: no proven place for a mask in {seams.engine()}; proven: {', '.join(SITES)}")
+    block_class = site.block.resolve()
+    found: dict[int, MoeLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, block_class):
+            match = re.search(r"layers\.(\d+)\.", name + ".")
+            if match is None:
+                raise seams.SeamError(site.block.name, seams.engine(), f"no layer number in {name!r}")
+            gate = seams.attribute(module, site.router, site.block.name)
+            runner = seams.attribute(module, "experts", site.block.name)
+            found[int(match[1])] = MoeLayer(f"{name}.{site.router}", gate, runner, site.has_bias)
+    if sorted(found) != list(spec.moe_layers):
+        raise RefusedError(f"the loaded model has MoE layers {sorted(found)}; expected {list(spec.moe_layers)}")
+    return [found[layer] for layer in spec.moe_layers]
+
+
+def attach(layer: MoeLayer, spec: ModelSpec) -> Router:
+    """The router of a layer with a bias that can be masked; adds one where the model has none.
+
+    Raises:
+        SeamError: the gate or the runner does not look as expected.
+        RefusedError: its shape is not the model's.
+    """
+    gate, seam = layer.gate, "moe.router"
+    weight = seams.attribute(gate, "weight", seam)
+    if weight.shape[0] != spec.num_experts or weight.dim() != 2:
+        raise RefusedError(f"{layer.name}.weight: found shape {list(weight.shape)}; expected [{spec.num_experts}, hidden]")
+    if getattr(layer.runner, "_fse_fuse_gate", False):
+        raise RefusedError(f"{layer.name}: the engine fuses this gate with a shared expert's, past any bias")
+    if seams.attribute(gate, "skip_bias_add", seam):
+        raise seams.SeamError(seam, seams.engine(), f"{layer.name} does not add its bias itself")
+    if not layer.has_bias:
+        _add_bias(gate, spec.num_experts)
+    bias = seams.attribute(gate, "bias", seam)
+    if bias is None or tuple(bias.shape) != (spec.num_experts,):
+        raise RefusedError(f"{layer.name}.bias: found {bias if bias is None else list(bias.shape)}; expected [{spec.num_experts}]")
+    return Router(layer.name, weight.data, bias.data, _forward(gate), layer.has_bias)
+
+
+def detach(layer: MoeLayer) -> None:
+    """Take back what `attach` added, so that the engine can reload weights as it built them."""
+    if not layer.has_bias:
+        layer.gate.register_parameter("bias", None)
+
+
+def _add_bias(gate: nn.Module, num_experts: int) -> None:
+    weight: torch.Tensor = gate.weight  # type: ignore[assignment]
+    zeros = torch.zeros(num_experts, dtype=weight.dtype, device=weight.device)
+    gate.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))
+    # GateLinear (vLLM >= 0.27) turns its kernels without a bias on when it is built without one; this
+    # is what its constructor does when there is a bias.
+    for name in list(vars(gate)):
+        if (name.startswith("allow_") and name.endswith("_gemm")) or name in ("_router_gemm_no_bias", "_router_gemm_cublas_capable"):
+            setattr(gate, name, False)
+
+
+def _forward(gate: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        output = gate(hidden)
+        logits: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return logits
+
+    return forward
+
+
+def backend_of(runner: Any) -> str:
+    """vLLM's name for the MoE backend that a layer uses.
+
+    Raises:
+        SeamError: the layer does not say.
+    """
+    method = seams.attribute(runner, "routed_experts.quant_method", seams.MOE_RUNNER.name)
+    method = getattr(method, "old_quant_method", method)
+    for name in ("mxfp4_backend", "unquantized_backend"):
+        if hasattr(method, name):
+            return str(getattr(method, name).name)
+    return type(method).__name__

@@ -1,0 +1,85 @@
+"""The control API on vLLM's own HTTP port, as an ASGI middleware that `--middleware` takes.
+
+Everything under /softprune/v1 is answered here and nothing of it without the key; all else passes
+through. When the server starts up, and before it answers anything, every worker is asked whether it
+serves the mask that was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from softprune.control import KEY_HEADER, PREFIX, error_body, key_matches, server_key
+from softprune.errors import RefusedError
+from softprune.launch import LaunchRequest
+from softprune.vllm_ext import seams
+from softprune.vllm_ext.flags import CONFIG_KEY
+
+logger = logging.getLogger("vllm.softprune")
+
+
+class ControlApi:
+    """ASGI middleware; one for each server."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.key: str | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._start(scope["app"].state)
+        if scope["type"] == "http" and (scope["path"] == PREFIX or scope["path"].startswith(PREFIX + "/")):
+            status, body = await self._answer(scope)
+            await _send_json(send, status, body)
+            return
+        await self.app(scope, receive, send)
+
+    async def _start(self, state: Any) -> None:
+        """Refuse to serve unless every worker serves what was asked for."""
+        client = seams.attribute(state, "engine_client", "http.app_state")
+        config = seams.attribute(client, "vllm_config.additional_config", seams.ADDITIONAL_CONFIG.name)
+        if CONFIG_KEY not in config:
+            raise RefusedError("softprune flags were given but did not reach the engine's configuration")
+        request = LaunchRequest.parse(config[CONFIG_KEY], f"additional_config.{CONFIG_KEY}")
+        for rank, worker in enumerate(await client.collective_rpc("softprune_status")):
+            served = (worker["mask"] or {}).get("hash")
+            if served != request.mask_hash or worker["top_k"] != request.top_k:
+                raise RefusedError(f"worker {rank}: serves mask {served}, top_k {worker['top_k']}; expected {request.mask_hash}, {request.top_k}")
+        args = seams.attribute(state, "args", "http.app_state")
+        self.key, path = server_key(args.softprune_key, args.port)
+        if path:
+            logger.warning("softprune: control API at %s; its key was generated and lies in %s", PREFIX, path)
+
+    async def _answer(self, scope: Any) -> tuple[int, Any]:
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        sent = headers.get(KEY_HEADER.lower().encode(), b"").decode("latin-1")
+        if self.key is None or not key_matches(sent, self.key):
+            return 401, error_body("unauthorized", f"softprune's own key is missing or wrong; send it in {KEY_HEADER}")
+        client = scope["app"].state.engine_client
+        call = (scope["method"], scope["path"].removeprefix(PREFIX))
+        if call == ("GET", "/status"):
+            return 200, await self._status(client)
+        if call in (("GET", "/routes"), ("DELETE", "/routes")):
+            return await self._routes(client, reset=call[0] == "DELETE")
+        return 404, error_body("not_found", f"no {call[0]} {scope['path']}; there are GET status, GET routes, DELETE routes")
+
+    async def _status(self, client: Any) -> dict[str, Any]:
+        workers = await client.collective_rpc("softprune_status")
+        return {"engine": seams.engine(), "model": client.vllm_config.model_config.model, **workers[0]}
+
+    async def _routes(self, client: Any, reset: bool) -> tuple[int, Any]:
+        if not client.vllm_config.additional_config[CONFIG_KEY]["debug_routes"]:
+            return 409, error_body("probe_is_off", "start the server with --softprune-debug-routes")
+        workers = await client.collective_rpc("softprune_routes", kwargs={"reset": reset})
+        if any(worker != workers[0] for worker in workers):
+            return 500, error_body("ranks_disagree", "the workers' routers selected differently", workers)
+        return 200, workers[0]
+
+
+async def _send_json(send: Any, status: int, body: Any) -> None:
+    data = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})

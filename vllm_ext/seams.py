@@ -1,0 +1,111 @@
+"""Every place in vLLM that softprune hooks into or reads, and the check that it is still there.
+
+No other file of this extension names vLLM's internals. Known versions are those in which a seam
+was read or run; others are let through as long as the check holds, since the checks at start
+(and the routers' own, see `RouterMask.verify`) decide, not a version number.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from softprune.errors import SeamError
+
+KNOWN_VERSIONS = ("0.26.0", "0.32.0", "0.33.0")
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A name inside vLLM.
+
+    Attributes:
+        name: what softprune calls it.
+        target: "module:attribute.path".
+        parameters: names that the callable has to accept.
+    """
+
+    name: str
+    target: str
+    parameters: tuple[str, ...] = ()
+
+    def resolve(self) -> Any:
+        """The object behind the seam.
+
+        Raises:
+            SeamError: the module or an attribute is missing, or a parameter is.
+        """
+        module_name, _, path = self.target.partition(":")
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ImportError as error:
+            raise SeamError(self.name, engine(), f"cannot import {module_name} ({error})") from error
+        for part in path.split("."):
+            if not hasattr(found, part):
+                raise SeamError(self.name, engine(), f"{self.target} has no {part!r}")
+            found = getattr(found, part)
+        accepted = inspect.signature(found).parameters if self.parameters else {}
+        for parameter in self.parameters:
+            if parameter not in accepted:
+                raise SeamError(self.name, engine(), f"{self.target} takes no parameter {parameter!r}")
+        return found
+
+
+ADD_CLI_ARGS = Seam("cli.add_args", "vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",))
+FROM_CLI_ARGS = Seam("cli.from_args", "vllm.engine.arg_utils:EngineArgs.from_cli_args", ("args",))
+CREATE_ENGINE_CONFIG = Seam("engine.create_config", "vllm.engine.arg_utils:EngineArgs.create_engine_config")
+ADDITIONAL_CONFIG = Seam("engine.additional_config", "vllm.config:VllmConfig", ("additional_config",))
+HF_OVERRIDES = Seam("engine.hf_overrides", "vllm.config:ModelConfig", ("hf_overrides",))
+WORKER_CLS = Seam("engine.worker_cls", "vllm.config:ParallelConfig", ("worker_cls", "worker_extension_cls"))
+FRONT_END = (ADD_CLI_ARGS, FROM_CLI_ARGS, CREATE_ENGINE_CONFIG, ADDITIONAL_CONFIG, HF_OVERRIDES, WORKER_CLS)
+"""Checked when a softprune flag is parsed, and again when the engine's configuration is made."""
+
+LOAD_MODEL = Seam("worker.load_model", "vllm.v1.worker.gpu_worker:Worker.load_model")
+RELOAD_WEIGHTS = Seam("worker.reload_weights", "vllm.v1.worker.gpu_worker:Worker.reload_weights")
+PROCESS_WEIGHTS = Seam(
+    "loader.process_weights", "vllm.model_executor.model_loader.base_loader:process_weights_after_loading", ("model",)
+)
+SELECT_EXPERTS = Seam(
+    "router.select_experts", "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter.select_experts", ("router_logits",)
+)
+MOE_RUNNER = Seam("moe.runner", "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner", ("router", "gate"))
+GPT_OSS_BLOCK = Seam("model.gpt_oss_block", "vllm.model_executor.models.gpt_oss:MLPBlock")
+QWEN3_MOE_BLOCK = Seam("model.qwen3_moe_block", "vllm.model_executor.models.qwen3_moe:Qwen3MoeSparseMoeBlock")
+WORKER = (LOAD_MODEL, RELOAD_WEIGHTS, PROCESS_WEIGHTS, SELECT_EXPERTS, MOE_RUNNER, GPT_OSS_BLOCK, QWEN3_MOE_BLOCK)
+"""Checked in every worker process before the model is loaded."""
+
+GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def engine() -> str:
+    """Engine name and version, for messages."""
+    import vllm
+
+    return f"vLLM {vllm.__version__}"
+
+
+def check(seams: tuple[Seam, ...]) -> None:
+    """See that every seam of a group holds.
+
+    Raises:
+        SeamError: the first that does not.
+    """
+    for seam in seams:
+        seam.resolve()
+
+
+def attribute(owner: Any, path: str, seam: str) -> Any:
+    """A nested attribute of an engine object.
+
+    Raises:
+        SeamError: it does not exist.
+    """
+    found = owner
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise SeamError(seam, engine(), f"{type(found).__name__} has no {part!r}")
+        found = getattr(found, part)
+    return found

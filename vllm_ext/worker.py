@@ -1,0 +1,244 @@
+"""vLLM's worker with masked routers.
+
+`ParallelConfig.worker_cls` names one of these classes, so vLLM itself makes sure that every worker
+process has one. What vLLM does to the weights afterwards is either followed by the mask before the
+next step, or refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from vllm.v1.worker.gpu_worker import Worker
+
+from softprune.checkpoint.families import ModelSpec, spec_of
+from softprune.checkpoint.fingerprint import fingerprint, fingerprint_of_checkpoint
+from softprune.errors import MaskError, RefusedError, SeamError
+from softprune.launch import LaunchRequest
+from softprune.runtime.route_probe import RouteProbe
+from softprune.runtime.router_mask import RouterMask
+from softprune.vllm_ext import proven, routers, seams
+from softprune.vllm_ext.flags import CONFIG_KEY
+
+logger = logging.getLogger("vllm.softprune")
+
+
+class ExpertMaskWorker:
+    """Mixed into vLLM's workers; holds this process's routers."""
+
+    vllm_config: Any
+    model_runner: Any
+    _router_mask: RouterMask | None = None
+    _probe: RouteProbe | None = None
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, mask its routers before its weights are packed, and see that they obey."""
+        seams.check(seams.WORKER)
+        self._request = LaunchRequest.parse(self.vllm_config.additional_config.get(CONFIG_KEY), f"additional_config.{CONFIG_KEY}")
+        self._spec = self._model_spec()
+        with _before_weights_are_processed(self._mask_routers):
+            super().load_model(*args, **kwargs)  # type: ignore[misc]
+        if self._router_mask is None:
+            raise SeamError(seams.PROCESS_WEIGHTS.name, seams.engine(), "the model loader in use never called it")
+        self._check_engine()
+        self._verify()
+        if self._request.debug_routes:
+            self._attach_probe()
+        mask = self._router_mask.mask
+        kept = "all experts" if mask is None else f"{min(mask.num_kept)}-{max(mask.num_kept)} of {self._spec.num_experts} experts a layer"
+        logger.info("softprune: %s kept in %d MoE layers, top_k %s", kept, self._spec.num_layers, self._request.top_k)
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Reload from a checkpoint folder, and mask again before the next step.
+
+        Raises:
+            RefusedError: weights come from elsewhere, or are not those that the mask was made for; nothing changes.
+            MaskError: the checkpoint's fingerprint is not the mask's.
+        """
+        unknown = {key for key, value in kwargs.items() if value is not None} - {"weights_path", "is_checkpoint_format"}
+        if args or unknown or not kwargs.get("is_checkpoint_format", True):
+            raise RefusedError("reload_weights: with an expert mask in force, weights are reloaded from a checkpoint folder only (weights_path)")
+        path = kwargs.get("weights_path") or self.vllm_config.model_config.model
+        assert self._router_mask is not None
+        mask = self._router_mask.mask
+        if mask is not None and Path(path).is_dir():
+            mask.check_fingerprint(fingerprint_of_checkpoint(path), str(self._request.expert_mask), self._request.expert_mask_force)
+        self._router_mask.remove()
+        for layer in self._layers:
+            routers.detach(layer)
+        try:
+            super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+            self._mask_routers(self._model)
+            self._verify()
+        except BaseException:
+            # The routers are in no known state now. Nothing may be computed with them.
+            self.execute_model = self._refuse_to_serve
+            raise
+
+    def softprune_status(self) -> dict[str, Any]:
+        """What this process serves; JSON-ready."""
+        assert self._router_mask is not None
+        mask = self._router_mask.mask
+        return {
+            "mask": None if mask is None else {"hash": mask.hash, "num_kept": mask.num_kept},
+            "top_k": self._request.top_k,
+            "fingerprint": self._fingerprint,
+            "moe_backend": self._backend,
+        }
+
+    def softprune_routes(self, reset: bool = False) -> dict[str, Any]:
+        """Counts of the route probe: {"tokens": [per layer], "counts": [[per expert] per layer]}."""
+        if self._probe is None:
+            raise RefusedError("the route probe is off; start the server with --softprune-debug-routes")
+        snapshot = self._probe.snapshot()
+        if reset:
+            self._probe.reset()
+        return snapshot
+
+    def _model_spec(self) -> ModelSpec:
+        """The model's shape as the engine was configured, with the model's own top_k."""
+        config = {**self.vllm_config.model_config.hf_config.to_dict(), "num_experts_per_tok": self._request.model_top_k}
+        config["architectures"] = self.vllm_config.model_config.hf_config.architectures
+        return spec_of(config, "model config")
+
+    def _mask_routers(self, model: nn.Module) -> None:
+        """Find the routers, remember them as loaded, compare fingerprints, put the mask in force."""
+        mask = self._request.read_mask(self._spec)
+        self._model = model
+        self._layers = routers.find(model, self._spec)
+        found = [routers.attach(layer, self._spec) for layer in self._layers]
+        self._fingerprint = fingerprint(self._spec, [(r.weight, r.bias if r.model_bias else None) for r in found])
+        self._hidden, self._dtype = found[0].weight.shape[1], found[0].weight.dtype
+        self._router_mask = RouterMask(found)
+        if mask is not None:
+            warning = mask.check_fingerprint(self._fingerprint, str(self._request.expert_mask), self._request.expert_mask_force)
+            if warning:
+                logger.warning("softprune: %s", warning)
+            self._router_mask.apply(mask)
+
+    def _check_engine(self) -> None:
+        """See that the backend is proven, and that the engine runs with the top_k that was asked for."""
+        assert self._request.top_k is not None
+        backends = {routers.backend_of(layer.runner) for layer in self._layers}
+        if len(backends) != 1:
+            raise RefusedError(f"MoE backends: found {sorted(backends)}; expected one for all layers")
+        self._backend = backends.pop()
+        proven.check_backend(self._backend, self._request.top_k)
+        for layer in self._layers:
+            top_k = seams.attribute(layer.runner, "router.top_k", seams.MOE_RUNNER.name)
+            if top_k != self._request.top_k:
+                raise RefusedError(f"{layer.name}: the engine selects {top_k} experts a token; expected {self._request.top_k}")
+
+    def _verify(self) -> None:
+        assert self._router_mask is not None
+        with _engine_context(self.vllm_config):
+            self._router_mask.verify(self._hidden, self._dtype)
+
+    def _attach_probe(self) -> None:
+        """Count what the engine selects; where its kernel selects in secret, what the logits imply."""
+        assert self._router_mask is not None
+        device = self._router_mask.routers[0].bias.device
+        probe = self._probe = RouteProbe(self._spec.num_layers, self._spec.num_experts, device)
+        for position, layer in enumerate(self._layers):
+            if layer.runner.routed_experts.quant_method.is_monolithic:
+                layer.gate.register_forward_hook(_logits_hook(probe, position, int(self._request.top_k or 0)))
+            else:
+                layer.runner.router.select_experts = _counting(layer.runner.router.select_experts, probe, position)
+
+    def _refuse_to_serve(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RefusedError("a weight reload failed under an expert mask; this worker serves no more")
+
+
+def _refused(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RefusedError(f"{name} is refused while softprune masks this engine's routers: it would undo or copy the mask")
+
+    return refuse
+
+
+for _name in (
+    "sleep", "wake_up", "discard", "checkpoint_prepare", "checkpoint_restore", "reset_weights", "init_weight_transfer_engine",
+    "start_weight_update", "start_draft_weight_update", "update_weights", "finish_weight_update", "save_sharded_state",
+    "save_tensorized_model", "elastic_ep_execute", "add_lora", "update_config",
+):  # fmt: skip
+    setattr(ExpertMaskWorker, _name, _refused(_name))
+
+
+class ExpertMaskGPUWorker(ExpertMaskWorker, Worker):
+    """vLLM's GPU worker, masked."""
+
+
+def __getattr__(name: str) -> Any:
+    # vLLM's CPU worker can be imported on CPU builds only, so the class is made when it is asked for.
+    if name == "ExpertMaskCPUWorker":
+        return _cpu_worker()
+    raise AttributeError(name)
+
+
+@functools.cache
+def _cpu_worker() -> type:
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    return type("ExpertMaskCPUWorker", (ExpertMaskWorker, CPUWorker), {"__doc__": "vLLM's CPU worker, masked.", "__module__": __name__})
+
+
+WORKERS = {
+    seams.GPU_WORKER: f"{__name__}.ExpertMaskGPUWorker",
+    seams.CPU_WORKER: f"{__name__}.ExpertMaskCPUWorker",
+}
+"""vLLM's worker classes that have been proven, and what takes their place."""
+
+
+@contextmanager
+def _before_weights_are_processed(act: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Run `act` on the model when its weights are loaded but not yet packed for the kernels.
+
+    Some kernels copy the bias when they pack, and some free the weight; before that, both are plain tensors.
+    """
+    original = seams.PROCESS_WEIGHTS.resolve()
+    module = __import__(seams.PROCESS_WEIGHTS.target.partition(":")[0], fromlist=["_"])
+
+    @functools.wraps(original)
+    def process(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        act(model)
+        return original(model, *args, **kwargs)
+
+    module.process_weights_after_loading = process
+    try:
+        yield
+    finally:
+        module.process_weights_after_loading = original
+
+
+def _engine_context(vllm_config: Any) -> Any:
+    from vllm.config import set_current_vllm_config
+
+    return set_current_vllm_config(vllm_config)
+
+
+def _counting(select: Callable[..., Any], probe: RouteProbe, position: int) -> Callable[..., Any]:
+    @functools.wraps(select)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        weights, ids = select(*args, **kwargs)
+        probe.record_ids(position, ids)
+        return weights, ids
+
+    return counted
+
+
+def _logits_hook(probe: RouteProbe, position: int, top_k: int) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        logits: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        probe.record_logits(position, logits, top_k)
+
+    return hook
+
+
+__all__ = ["WORKERS", "ExpertMaskGPUWorker", "ExpertMaskWorker", "MaskError"]
