@@ -231,10 +231,8 @@ def _model(model: Path) -> tuple[ModelSpec, str]:
 
 
 def _kept(mask: ExpertMask) -> str:
-    counts = mask.num_kept
-    span = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     top_k = "" if mask.top_k is None else f", top_k {mask.top_k}"
-    return f"keeps {span} of {mask.model.num_experts} experts in {len(counts)} layers{top_k}"
+    return f"{mask.summary} in {mask.model.num_layers} layers{top_k}"
 
 
 def _ids(ids: set[int]) -> str:

@@ -22,13 +22,13 @@ def key_file(port: int) -> Path:
     return Path(state) / "softprune" / f"{port}.key"
 
 
-def server_key(flag: str | None, port: int) -> tuple[str, Path | None]:
-    """The key that a server asks for: the flag's, else SOFTPRUNE_KEY's, else a new one.
+def server_key(port: int) -> tuple[str, Path | None]:
+    """The key that a server asks for: SOFTPRUNE_KEY's (where `--softprune-key` puts its own), else a new one.
 
     Returns:
         The key, and the owner-readable file that holds it if it was generated here.
     """
-    given = flag or os.environ.get(KEY_ENV)
+    given = os.environ.get(KEY_ENV)
     if given:
         return given, None
     key, path = secrets.token_urlsafe(24), key_file(port)

@@ -135,6 +135,13 @@ class ExpertMask(BaseModel):
         return [len(self.kept(layer)) for layer in range(self.model.num_layers)]
 
     @property
+    def summary(self) -> str:
+        """What is kept, in a few words: "24 of 32 experts kept" or "8 to 24 of 32 experts kept"."""
+        counts = self.num_kept
+        span = str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        return f"{span} of {self.model.num_experts} experts kept"
+
+    @property
     def hash(self) -> str:
         """Identity of what the mask does: two masks share it exactly if they route alike on one model.
 

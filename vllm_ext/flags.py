@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import os
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from softprune.checkpoint.families import read_config
+from softprune.control import KEY_ENV
 from softprune.errors import RefusedError, SeamError
 from softprune.launch import LaunchRequest
 from softprune.vllm_ext import proven, seams
@@ -116,6 +118,13 @@ class _Flag(argparse.Action):
         setattr(namespace, self.dest, True if self.is_switch else values)
 
 
+class _KeyFlag(argparse.Action):
+    """The key goes to the environment and not into the arguments, since vLLM logs those."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        os.environ[KEY_ENV] = values
+
+
 def _add_flags(parser: Any) -> None:
     group = parser.add_argument_group("softprune", "Prune experts while serving (https://pypi.org/project/softprune).")
     group.add_argument(
@@ -135,7 +144,7 @@ def _add_flags(parser: Any) -> None:
         help="Count what every router selects (GET /softprune/v1/routes); needs --enforce-eager.",
     )  # fmt: skip
     group.add_argument(
-        "--softprune-key", metavar="KEY", default=None,
+        "--softprune-key", action=_KeyFlag, metavar="KEY",
         help="Key of the control API; else SOFTPRUNE_KEY, else one is generated and its file logged.",
     )  # fmt: skip
 

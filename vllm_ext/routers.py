@@ -7,7 +7,8 @@ step is compiled or captured: the GEMM then adds it in its epilogue.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,9 @@ SITES = {
     "GptOssForCausalLM": Site(seams.GPT_OSS_BLOCK, "router", has_bias=True),
     "Qwen3MoeForCausalLM": Site(seams.QWEN3_MOE_BLOCK, "gate", has_bias=False),
 }
+
+
+_SEAM = "moe.router"
 
 
 @dataclass(frozen=True)
@@ -76,33 +80,58 @@ def find(model: nn.Module, spec: ModelSpec) -> list[MoeLayer]:
     return [found[layer] for layer in spec.moe_layers]
 
 
+def weights(layer: MoeLayer, spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight [num_experts, hidden], bias [num_experts] or None) of a layer's router as loaded, for the fingerprint.
+
+    To be called before the engine packs weights: some kernels free them.
+
+    Raises:
+        SeamError: the gate does not look as expected.
+        RefusedError: its shape is not the model's.
+    """
+    weight = seams.attribute(layer.gate, "weight", _SEAM)
+    if weight.dim() != 2 or weight.shape[0] != spec.num_experts:
+        raise RefusedError(f"{layer.name}.weight: found shape {list(weight.shape)}; expected [{spec.num_experts}, hidden]")
+    return weight.data, seams.attribute(layer.gate, "bias", _SEAM).data if layer.has_bias else None
+
+
 def attach(layer: MoeLayer, spec: ModelSpec) -> Router:
     """The router of a layer with a bias that can be masked; adds one where the model has none.
 
     Raises:
-        SeamError: the gate or the runner does not look as expected.
-        RefusedError: its shape is not the model's.
+        SeamError: the gate does not look as expected.
+        RefusedError: its bias is not applied, or has another shape.
     """
-    gate, seam = layer.gate, "moe.router"
-    weight = seams.attribute(gate, "weight", seam)
-    if weight.shape[0] != spec.num_experts or weight.dim() != 2:
-        raise RefusedError(f"{layer.name}.weight: found shape {list(weight.shape)}; expected [{spec.num_experts}, hidden]")
+    gate = layer.gate
     if getattr(layer.runner, "_fse_fuse_gate", False):
         raise RefusedError(f"{layer.name}: the engine fuses this gate with a shared expert's, past any bias")
-    if seams.attribute(gate, "skip_bias_add", seam):
-        raise seams.SeamError(seam, seams.engine(), f"{layer.name} does not add its bias itself")
+    if seams.attribute(gate, "skip_bias_add", _SEAM):
+        raise seams.SeamError(_SEAM, seams.engine(), f"{layer.name} does not add its bias itself")
     if not layer.has_bias:
         _add_bias(gate, spec.num_experts)
-    bias = seams.attribute(gate, "bias", seam)
+    bias = seams.attribute(gate, "bias", _SEAM)
     if bias is None or tuple(bias.shape) != (spec.num_experts,):
         raise RefusedError(f"{layer.name}.bias: found {bias if bias is None else list(bias.shape)}; expected [{spec.num_experts}]")
-    return Router(layer.name, weight.data, bias.data, _forward(gate), layer.has_bias)
+    return Router(layer.name, bias.data, _forward(gate))
 
 
-def detach(layer: MoeLayer) -> None:
-    """Take back what `attach` added, so that the engine can reload weights as it built them."""
-    if not layer.has_bias:
-        layer.gate.register_parameter("bias", None)
+@contextmanager
+def as_built(layers: Sequence[MoeLayer]) -> Iterator[None]:
+    """Take added biases away while the engine reloads weights as it built them, then put them back, at the same address.
+
+    Raises:
+        SeamError: after the reload, a router's bias lies elsewhere.
+    """
+    biases: list[nn.Parameter] = [layer.gate.bias for layer in layers]  # type: ignore[misc]
+    for layer in layers:
+        if not layer.has_bias:
+            layer.gate.register_parameter("bias", None)
+    yield
+    for layer, bias in zip(layers, biases, strict=True):
+        if not layer.has_bias:
+            layer.gate.register_parameter("bias", bias)
+        if layer.gate.bias is None or layer.gate.bias.data_ptr() != bias.data_ptr():
+            raise seams.SeamError(_SEAM, seams.engine(), f"the reload moved {layer.name}.bias")
 
 
 def _add_bias(gate: nn.Module, num_experts: int) -> None:

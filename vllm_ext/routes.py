@@ -48,7 +48,7 @@ class ControlApi:
             if served != request.mask_hash or worker["top_k"] != request.top_k:
                 raise RefusedError(f"worker {rank}: serves mask {served}, top_k {worker['top_k']}; expected {request.mask_hash}, {request.top_k}")
         args = seams.attribute(state, "args", "http.app_state")
-        self.key, path = server_key(args.softprune_key, args.port)
+        self.key, path = server_key(args.port)
         if path:
             logger.warning("softprune: control API at %s; its key was generated and lies in %s", PREFIX, path)
 

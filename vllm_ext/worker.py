@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from vllm.v1.worker.gpu_worker import Worker
 
-from softprune.checkpoint.families import ModelSpec, spec_of
+from softprune.checkpoint.families import SPEC_FIELDS, ModelSpec, spec_of
 from softprune.checkpoint.fingerprint import fingerprint, fingerprint_of_checkpoint
-from softprune.errors import MaskError, RefusedError, SeamError
+from softprune.errors import RefusedError, SeamError
 from softprune.launch import LaunchRequest
 from softprune.runtime.route_probe import RouteProbe
 from softprune.runtime.router_mask import RouterMask
@@ -45,15 +45,13 @@ class ExpertMaskWorker:
         self._spec = self._model_spec()
         with _before_weights_are_processed(self._mask_routers):
             super().load_model(*args, **kwargs)  # type: ignore[misc]
-        if self._router_mask is None:
-            raise SeamError(seams.PROCESS_WEIGHTS.name, seams.engine(), "the model loader in use never called it")
+        mask = self._state().mask
         self._check_engine()
         self._verify()
         if self._request.debug_routes:
             self._attach_probe()
-        mask = self._router_mask.mask
-        kept = "all experts" if mask is None else f"{min(mask.num_kept)}-{max(mask.num_kept)} of {self._spec.num_experts} experts a layer"
-        logger.info("softprune: %s kept in %d MoE layers, top_k %s", kept, self._spec.num_layers, self._request.top_k)
+        kept = "all experts" if mask is None else mask.summary
+        logger.info("softprune: %d MoE layers, %s, top_k %s", self._spec.num_layers, kept, self._request.top_k)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Reload from a checkpoint folder, and mask again before the next step.
@@ -66,16 +64,19 @@ class ExpertMaskWorker:
         if args or unknown or not kwargs.get("is_checkpoint_format", True):
             raise RefusedError("reload_weights: with an expert mask in force, weights are reloaded from a checkpoint folder only (weights_path)")
         path = kwargs.get("weights_path") or self.vllm_config.model_config.model
-        assert self._router_mask is not None
-        mask = self._router_mask.mask
-        if mask is not None and Path(path).is_dir():
+        if not Path(path).is_dir():
+            raise RefusedError(f"reload_weights: found {path}; expected a checkpoint folder, whose routers can be compared with the mask's")
+        state = self._state()
+        mask = state.mask
+        if mask is not None:
             mask.check_fingerprint(fingerprint_of_checkpoint(path), str(self._request.expert_mask), self._request.expert_mask_force)
-        self._router_mask.remove()
-        for layer in self._layers:
-            routers.detach(layer)
+        state.remove()
         try:
-            super().reload_weights(*args, **kwargs)  # type: ignore[misc]
-            self._mask_routers(self._model)
+            with routers.as_built(self._layers):
+                super().reload_weights(*args, **kwargs)  # type: ignore[misc]
+            state.remember()
+            if mask is not None:
+                state.apply(mask)
             self._verify()
         except BaseException:
             # The routers are in no known state now. Nothing may be computed with them.
@@ -84,8 +85,7 @@ class ExpertMaskWorker:
 
     def softprune_status(self) -> dict[str, Any]:
         """What this process serves; JSON-ready."""
-        assert self._router_mask is not None
-        mask = self._router_mask.mask
+        mask = self._state().mask
         return {
             "mask": None if mask is None else {"hash": mask.hash, "num_kept": mask.num_kept},
             "top_k": self._request.top_k,
@@ -104,24 +104,29 @@ class ExpertMaskWorker:
 
     def _model_spec(self) -> ModelSpec:
         """The model's shape as the engine was configured, with the model's own top_k."""
-        config = {**self.vllm_config.model_config.hf_config.to_dict(), "num_experts_per_tok": self._request.model_top_k}
-        config["architectures"] = self.vllm_config.model_config.hf_config.architectures
-        return spec_of(config, "model config")
+        hf_config = self.vllm_config.model_config.hf_config
+        # Attributes, not to_dict(): Transformers renames fields of config.json and maps the old names.
+        config = {field: getattr(hf_config, field, None) for field in SPEC_FIELDS}
+        return spec_of({**config, "num_experts_per_tok": self._request.model_top_k}, "model config")
 
     def _mask_routers(self, model: nn.Module) -> None:
-        """Find the routers, remember them as loaded, compare fingerprints, put the mask in force."""
+        """Find the routers, compare fingerprints, remember the biases as loaded, put the mask in force."""
         mask = self._request.read_mask(self._spec)
-        self._model = model
         self._layers = routers.find(model, self._spec)
-        found = [routers.attach(layer, self._spec) for layer in self._layers]
-        self._fingerprint = fingerprint(self._spec, [(r.weight, r.bias if r.model_bias else None) for r in found])
-        self._hidden, self._dtype = found[0].weight.shape[1], found[0].weight.dtype
-        self._router_mask = RouterMask(found)
+        loaded = [routers.weights(layer, self._spec) for layer in self._layers]
+        self._fingerprint = fingerprint(self._spec, loaded)
+        self._hidden, self._dtype = loaded[0][0].shape[1], loaded[0][0].dtype
+        self._router_mask = RouterMask([routers.attach(layer, self._spec) for layer in self._layers])
         if mask is not None:
             warning = mask.check_fingerprint(self._fingerprint, str(self._request.expert_mask), self._request.expert_mask_force)
             if warning:
                 logger.warning("softprune: %s", warning)
             self._router_mask.apply(mask)
+
+    def _state(self) -> RouterMask:
+        if self._router_mask is None:
+            raise SeamError(seams.PROCESS_WEIGHTS.name, seams.engine(), "the model loader in use never called it")
+        return self._router_mask
 
     def _check_engine(self) -> None:
         """See that the backend is proven, and that the engine runs with the top_k that was asked for."""
@@ -137,14 +142,12 @@ class ExpertMaskWorker:
                 raise RefusedError(f"{layer.name}: the engine selects {top_k} experts a token; expected {self._request.top_k}")
 
     def _verify(self) -> None:
-        assert self._router_mask is not None
         with _engine_context(self.vllm_config):
-            self._router_mask.verify(self._hidden, self._dtype)
+            self._state().verify(self._hidden, self._dtype)
 
     def _attach_probe(self) -> None:
         """Count what the engine selects; where its kernel selects in secret, what the logits imply."""
-        assert self._router_mask is not None
-        device = self._router_mask.routers[0].bias.device
+        device = self._state().routers[0].bias.device
         probe = self._probe = RouteProbe(self._spec.num_layers, self._spec.num_experts, device)
         for position, layer in enumerate(self._layers):
             if layer.runner.routed_experts.quant_method.is_monolithic:
@@ -240,5 +243,3 @@ def _logits_hook(probe: RouteProbe, position: int, top_k: int) -> Callable[..., 
 
     return hook
 
-
-__all__ = ["WORKERS", "ExpertMaskGPUWorker", "ExpertMaskWorker", "MaskError"]

@@ -117,6 +117,11 @@ FAMILIES: tuple[Family, ...] = (
 ARCHITECTURES = tuple(dict.fromkeys(family.architecture for family in FAMILIES))
 
 
+SPEC_FIELDS = ("architectures", "num_hidden_layers", "num_experts", "num_local_experts", "num_experts_per_tok",
+               "mlp_only_layers", "decoder_sparse_step")  # fmt: skip
+"""Fields of config.json that `spec_of` may read."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """What a mask needs to know of a model; no tensor is read for it.

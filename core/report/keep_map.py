@@ -32,7 +32,6 @@ def keep_map(mask: ExpertMask) -> Group:
             lines.append(row)
     counts = mask.num_kept
     share = sum(counts) / (experts * len(counts))
-    span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
     top_k = "the model's own" if mask.top_k is None else str(mask.top_k)
-    lines.append(Text(f"{share:.1%} of the experts kept, {span} of {experts} a layer; top_k: {top_k} ({mask.model.top_k})"))
+    lines.append(Text(f"{mask.summary} a layer, {share:.1%} in all; top_k: {top_k} ({mask.model.top_k})"))
     return Group(*lines)

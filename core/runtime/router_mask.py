@@ -22,17 +22,13 @@ class Router:
 
     Attributes:
         name: the module's name in the model, for messages.
-        weight: [num_experts, hidden].
         bias: [num_experts], the tensor that the engine reads in each step.
         forward: the router as the engine calls it, [n, hidden] -> logits [n, num_experts].
-        model_bias: whether the bias comes from the checkpoint (and is part of the fingerprint).
     """
 
     name: str
-    weight: torch.Tensor
     bias: torch.Tensor
     forward: Callable[[torch.Tensor], torch.Tensor]
-    model_bias: bool
 
 
 class RouterMask:
@@ -41,8 +37,8 @@ class RouterMask:
     def __init__(self, routers: Sequence[Router]) -> None:
         """Remember the biases as they are now; build it before any mask is applied."""
         self.routers = list(routers)
-        self.loaded = [router.bias.detach().clone() for router in self.routers]
         self.mask: ExpertMask | None = None
+        self.remember()
 
     @torch.no_grad()
     def apply(self, mask: ExpertMask) -> None:
@@ -51,6 +47,10 @@ class RouterMask:
             pruned = torch.tensor(mask.pruned(layer), dtype=torch.long, device=loaded.device)
             router.bias.copy_(loaded.index_fill(0, pruned, float("-inf")))
         self.mask = mask
+
+    def remember(self) -> None:
+        """Take the biases as they are now for the loaded ones; after a reload, while no mask is in force."""
+        self.loaded = [router.bias.detach().clone() for router in self.routers]
 
     @torch.no_grad()
     def remove(self) -> None:

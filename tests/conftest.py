@@ -1,0 +1,44 @@
+"""Small checkpoints and masks that many tests share."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from softprune.checkpoint.families import read_config, spec_of
+from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
+from softprune.checkpoint.synth import synth_checkpoint
+from softprune.mask import ExpertMask
+from softprune.mask_forms import build
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """gpt-oss in both storage forms and Qwen3-MoE, all tiny."""
+    root = tmp_path_factory.mktemp("models")
+    synth_checkpoint("tiny", root / "gpt-oss", "bf16", seed=1)
+    synth_checkpoint("tiny", root / "gpt-oss-mxfp4", "mxfp4", seed=1)
+    synth_checkpoint("qwen3-moe-tiny", root / "qwen3-moe", "bf16", seed=1)
+    return {path.name: path for path in root.iterdir()}
+
+
+def random_mask(model: Path, keep: int | list[int], seed: int = 0, top_k: int | None = None) -> ExpertMask:
+    """A mask that keeps so many random experts, the same number in each layer or one for each."""
+    spec, rng = spec_of(read_config(model)), random.Random(seed)
+    numbers = [keep] * spec.num_layers if isinstance(keep, int) else keep
+    rows = [rng.sample(range(spec.num_experts), number) for number in numbers]
+    return build(spec, rows, fingerprint_of_checkpoint(model), {"method": "random", "seed": seed}, "random_mask", top_k)
+
+
+def saved(mask: ExpertMask, path: Path) -> str:
+    """Write a mask; its path as text."""
+    mask.save(path)
+    return str(path)
+
+
+def random_prompts(number: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of random token ids within the small tokenizer's vocabulary, special tokens left out."""
+    rng = random.Random(seed)
+    return [[rng.randrange(0, 480) for _ in range(length)] for _ in range(number)]

@@ -1,0 +1,63 @@
+"""Runs models through vLLM's `LLM` in one process and writes what came out, as JSON.
+
+    python offline.py JOBS.json OUT.json
+
+A job is {"name", "model", "softprune" (additional_config, or null), "prompts" (lists of token ids),
+"max_tokens", "args" (for LLM), "reload" (call reload_weights first)}. Prompts run one at a time.
+"""
+
+import json
+import os
+import sys
+import time
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1"
+)
+
+
+def run(job):
+    from vllm import LLM, SamplingParams
+
+    args = {"enforce_eager": True, "max_model_len": 2048, "dtype": "bfloat16", "enable_prefix_caching": False}
+    args |= {"distributed_executor_backend": "uni", "max_num_batched_tokens": 2048, **job.get("args", {})}
+    if job.get("softprune") is not None:
+        args["additional_config"] = {"softprune": job["softprune"]}
+    start = time.time()
+    llm = LLM(model=job["model"], skip_tokenizer_init=True, **args)
+    boot_s = time.time() - start
+    for call in job.get("rpc", []):
+        try:
+            llm.collective_rpc(call["method"], kwargs=call.get("kwargs"))
+            call["error"] = None
+        except Exception as error:
+            call["error"] = repr(error)
+            import traceback; traceback.print_exc()
+    debug = bool((job.get("softprune") or {}).get("debug_routes"))
+    if debug:
+        llm.collective_rpc("softprune_routes", kwargs={"reset": True})
+    params = SamplingParams(max_tokens=job["max_tokens"], temperature=0, prompt_logprobs=0, logprobs=0, detokenize=False, ignore_eos=True)
+    tokens, logprobs = [], []
+    for prompt in job["prompts"]:
+        output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0]
+        ids = list(output.outputs[0].token_ids)
+        tokens.append(ids)
+        scored = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
+        logprobs.append(scored + [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, ids, strict=True)])
+    result = {"name": job["name"], "tokens": tokens, "logprobs": logprobs, "boot_s": boot_s, "rpc": job.get("rpc", [])}
+    if debug:
+        result["routes"] = llm.collective_rpc("softprune_routes")
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    return result
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        jobs = json.load(file)
+    results = []
+    for job in jobs:
+        results.append(run(job))
+        print(job["name"], round(results[-1]["boot_s"], 1), "s", flush=True)
+        with open(sys.argv[2], "w") as file:
+            json.dump(results, file)

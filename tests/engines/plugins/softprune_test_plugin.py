@@ -1,0 +1,96 @@
+"""A vLLM plugin for tests: changes the engine before softprune sees it, as environment variables say.
+
+SOFTPRUNE_TEST_STABLE_TOPK=1       expert selection in CPU routers breaks ties by the smaller id, in descending order
+SOFTPRUNE_TEST_REMOVE=module:path  delete this attribute, as a new engine version might
+SOFTPRUNE_TEST_DROP=module:path:p  the callable no longer takes parameter p
+SOFTPRUNE_TEST_BREAK=role          softprune cannot be imported: "main" in the first process, "child" in all others
+SOFTPRUNE_TEST_RAISE=1             softprune's register() raises
+SOFTPRUNE_TEST_SKIP_LAYER=n        softprune's mask is not written to MoE layer n (a mutation that tests must notice)
+SOFTPRUNE_TEST_VANISH=file         delete this file once the front end has read it
+"""
+
+import importlib
+import inspect
+import multiprocessing
+import os
+import sys
+
+ENV = os.environ
+ROLE = "main" if multiprocessing.parent_process() is None else "child"
+
+# vLLM imports this module before softprune's, so what keeps softprune from loading stands here.
+if ENV.get("SOFTPRUNE_TEST_BREAK") == ROLE:
+    sys.modules["softprune"] = None
+if ENV.get("SOFTPRUNE_TEST_RAISE"):
+    import softprune.vllm_ext
+
+    softprune.vllm_ext.register = lambda: _raise()
+
+
+def register():
+    if ENV.get("SOFTPRUNE_TEST_STABLE_TOPK"):
+        _stable_topk()
+    if ENV.get("SOFTPRUNE_TEST_REMOVE"):
+        _remove(ENV["SOFTPRUNE_TEST_REMOVE"])
+    if ENV.get("SOFTPRUNE_TEST_DROP"):
+        _drop(*ENV["SOFTPRUNE_TEST_DROP"].split(":"))
+    if ENV.get("SOFTPRUNE_TEST_SKIP_LAYER"):
+        _skip_layer(int(ENV["SOFTPRUNE_TEST_SKIP_LAYER"]))
+    if ROLE == "child" and os.path.exists(ENV.get("SOFTPRUNE_TEST_VANISH", "")):
+        os.unlink(ENV["SOFTPRUNE_TEST_VANISH"])
+
+
+def _raise():
+    raise RuntimeError("planted: softprune's plugin raises")
+
+
+def _owner(module, path):
+    owner = importlib.import_module(module)
+    *parents, last = path.split(".")
+    for part in parents:
+        owner = getattr(owner, part)
+    return owner, last
+
+
+def _remove(target):
+    owner, name = _owner(*target.split(":"))
+    for holder in getattr(owner, "__mro__", [owner]):
+        if name in vars(holder):
+            delattr(holder, name)
+
+
+def _drop(module, path, parameter):
+    owner, name = _owner(module, path)
+    target = getattr(owner, name)
+    signature = inspect.signature(target)
+    kept = [p for p in signature.parameters.values() if p.name != parameter]
+    target.__signature__ = signature.replace(parameters=kept)
+
+
+def _stable_topk():
+    import torch
+    from vllm.model_executor.layers.fused_moe.router import cpu_router
+
+    def softmax_topk(router_logits, top_k, renormalize):
+        values, ids = torch.sort(router_logits, dim=-1, descending=True, stable=True)
+        values, ids = values[:, :top_k], ids[:, :top_k]
+        if renormalize:
+            weights = torch.softmax(values, dim=-1)
+        else:
+            weights = (values - torch.logsumexp(router_logits, dim=-1, keepdim=True)).exp()
+        return weights.to(torch.float32).contiguous(), ids.to(torch.int32).contiguous()
+
+    cpu_router._softmax_topk = softmax_topk
+
+
+def _skip_layer(layer):
+    from softprune.runtime import router_mask
+
+    original = router_mask.RouterMask.apply
+
+    def apply(self, mask):
+        original(self, mask)
+        self.routers[layer].bias.copy_(self.loaded[layer])
+
+    router_mask.RouterMask.apply = apply
+    router_mask.RouterMask.verify = lambda self, hidden, dtype: None
