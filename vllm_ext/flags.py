@@ -151,7 +151,7 @@ def _add_flags(parser: Any) -> None:
 
 def _into_additional_config(engine_args: Any, args: argparse.Namespace) -> None:
     given = {field: getattr(args, flag, None) for flag, field in FLAGS.items()}
-    given = {field: value for field, value in given.items() if value not in (None, False)}
+    given = {field: value for field, value in given.items() if value is not None and value is not False}
     if not given:
         return
     config = dict(engine_args.additional_config or {})

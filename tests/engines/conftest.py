@@ -1,0 +1,31 @@
+"""The one vLLM server that engine tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from softprune.mask import ExpertMask
+from tests.conftest import random_mask, saved
+from tests.engines.harness import Server
+
+
+@dataclass
+class Masked:
+    """A running server and the mask that it was started with."""
+
+    server: Server
+    mask: ExpertMask
+
+
+@pytest.fixture(scope="session")
+def masked(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Masked]:
+    """gpt-oss, 24 of 32 experts kept, with the route probe."""
+    folder = tmp_path_factory.mktemp("server")
+    mask = random_mask(models["gpt-oss"], 24, seed=11)
+    path = saved(mask, folder / "keep24.json")
+    with Server(models["gpt-oss"], "--expert-mask", path, "--softprune-debug-routes", log=folder / "server.log") as server:
+        yield Masked(server.wait_ready(), mask)

@@ -1,0 +1,202 @@
+"""Fail closed: what cannot be masked is not served.
+
+Run alone: pytest tests/engines/test_refusals.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from softprune.vllm_ext import proven, seams
+from tests.conftest import random_mask, saved
+from tests.engines.harness import BASE_ENV, HERE, SERVER_ARGS, Server
+
+pytestmark = pytest.mark.engine
+
+
+def edited(path: str, out: Path, **changes: Any) -> str:
+    """A mask file with fields replaced; `model__x` replaces `model.x`."""
+    data = json.loads(Path(path).read_text())
+    for name, value in changes.items():
+        owner = data["model"] if name.startswith("model__") else data
+        owner[name.removeprefix("model__")] = value
+    out.write_text(json.dumps(data))
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def configured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What vLLM's configuration says to many command lines, in one process."""
+    folder = tmp_path_factory.mktemp("configure")
+    gpt_oss = models["gpt-oss"]
+    good = saved(random_mask(gpt_oss, 24), folder / "good.json")
+    other = saved(random_mask(models["qwen3-moe"], 8), folder / "other.json")
+    foreign = "sha256:" + "0" * 64
+    llama = folder / "llama"
+    llama.mkdir()
+    (llama / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2}))
+    (folder / "broken.json").write_text('{"format": ')
+    (folder / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    (folder / "large.json").write_text(" " * 16_000_001)
+    server = ["--model", str(gpt_oss), *SERVER_ARGS, "--enforce-eager"]
+
+    def mask(path: str) -> list[str]:
+        return [*server, "--expert-mask", path]
+
+    cases = {
+        "good": mask(good),
+        "no softprune flag": server,
+        "top-k only": [*server, "--expert-top-k", "2"],
+        "forced": [*mask(edited(good, folder / "forced.json", model__fingerprint=foreign)), "--expert-mask-force"],
+        "equal top_k list": mask(edited(good, folder / "equal.json", top_k=[2, 2, 2, 2])),
+        "no such file": mask(str(folder / "missing.json")),
+        "not JSON": mask(str(folder / "broken.json")),
+        "nested deep": mask(str(folder / "deep.json")),
+        "over 16 MB": mask(str(folder / "large.json")),
+        "another model": mask(other),
+        "another fingerprint": mask(edited(good, folder / "foreign.json", model__fingerprint=foreign)),
+        "forced but another model": [*mask(other), "--expert-mask-force"],
+        "unknown format": mask(edited(good, folder / "format.json", format="other")),
+        "unknown version": mask(edited(good, folder / "version.json", version=2)),
+        "top_k above kept": mask(edited(good, folder / "kept.json", keep=[[1, 2, 3], None, None, None])),
+        "top_k above the model's": [*server, "--expert-top-k", "5"],
+        "top_k below 1": [*server, "--expert-top-k", "0"],
+        "top_k twice": [*mask(edited(good, folder / "twice.json", top_k=2)), "--expert-top-k", "3"],
+        "top_k per layer": mask(edited(good, folder / "list.json", top_k=[4, 2, 4, 4])),
+        "top_k overridden": [*server, "--expert-top-k", "2", "--hf-overrides", '{"num_experts_per_tok": 3}'],
+        "unknown architecture": ["--model", str(llama), "--skip-tokenizer-init", "--expert-mask", good],
+        "probe without eager": ["--model", str(gpt_oss), *SERVER_ARGS, "--softprune-debug-routes"],
+        "additional config": [*server, "--additional-config", json.dumps({"softprune": {"expert_mask": good}})],
+        "additional config, wrong field": [*server, "--additional-config", json.dumps({"softprune": {"mask": good}})],
+        "both ways": [*mask(good), "--additional-config", json.dumps({"softprune": {"expert_mask": good}})],
+        "pipeline parallel": [*mask(good), "--pipeline-parallel-size", "2"],
+        "expert parallel": [*mask(good), "--enable-expert-parallel"],
+        "lora": [*mask(good), "--enable-lora"],
+        "worker extension": [*mask(good), "--worker-extension-cls", "some.Extension"],
+        "worker class": [*mask(good), "--worker-cls", "some.Worker"],
+        "load format": [*mask(good), "--load-format", "dummy"],
+        "model impl": [*mask(good), "--model-impl", "transformers"],
+    }
+    (folder / "cases.json").write_text(json.dumps({"cases": cases, "modes": server}))
+    run = subprocess.run(
+        [sys.executable, str(HERE / "configure.py"), "cases.json", "out.json"], cwd=folder, capture_output=True, text=True, timeout=400,
+        env={**os.environ, **BASE_ENV},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.mark.parametrize(("case", "top_k"), [("good", 4), ("top-k only", 2), ("forced", 4), ("equal top_k list", 2), ("additional config", 4)])
+def test_accepted(configured: Any, case: str, top_k: int) -> None:
+    outcome = configured["cases"][case]
+    assert outcome["error"] is None
+    assert outcome["worker"] == "softprune.vllm_ext.worker.ExpertMaskCPUWorker"
+    assert outcome["hf_top_k"] == top_k
+
+
+def test_without_flags_vllm_stays_as_it_is(configured: Any) -> None:
+    assert configured["cases"]["no softprune flag"]["worker"] == "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+REFUSED = {
+    "no such file": "missing.json: found No such file or directory; expected a readable mask file",
+    "not JSON": "expected JSON in UTF-8",
+    "nested deep": "found JSON nested too deep",
+    "over 16 MB": "found over 16 MB; expected at most 16 MB",
+    "another model": "model.architecture: found Qwen3MoeForCausalLM; expected GptOssForCausalLM",
+    "another fingerprint": "model.fingerprint: found sha256:0000",
+    "forced but another model": "model.architecture: found Qwen3MoeForCausalLM",
+    "unknown format": "format: found 'other'; expected \"softprune.expert-mask\"",
+    "unknown version": "version: found 2; expected 1",
+    "top_k above kept": "keep[0]: found 3 experts kept; expected at least top_k = 4",
+    "top_k above the model's": "--expert-top-k: found 5; expected from 1 to the model's own top_k = 4",
+    "top_k below 1": "--expert-top-k: found 0",
+    "top_k twice": "--expert-top-k: found 3; expected 2, as the mask",
+    "top_k per layer": "top_k: found a different number for each layer; expected one number",
+    "top_k overridden": "hf_overrides.num_experts_per_tok: found 3; expected 2",
+    "unknown architecture": "architectures: found ['LlamaForCausalLM']; expected one of GptOssForCausalLM",
+    "probe without eager": "--softprune-debug-routes needs --enforce-eager",
+    "additional config, wrong field": "additional_config.softprune: mask: found",
+    "both ways": "--additional-config already has 'softprune'",
+    "pipeline parallel": "--pipeline-parallel-size (2) is not proven",
+    "expert parallel": "--enable-expert-parallel (True) is not proven",
+    "lora": "--enable-lora (set) is not proven",
+    "worker extension": "--worker-extension-cls (some.Extension) is not proven",
+    "worker class": "--worker-cls (some.Worker) is not proven",
+    "load format": "--load-format (dummy) is not proven",
+    "model impl": "--model-impl (transformers) is not proven",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_a_clear_error(configured: Any, case: str) -> None:
+    assert REFUSED[case] in configured["cases"][case]["error"]
+
+
+@pytest.mark.parametrize("flag", [mode.flag for mode in proven.UNPROVEN_MODES])
+def test_every_unproven_mode_is_refused_by_name(configured: Any, flag: str) -> None:
+    assert configured["modes"][flag].startswith(f"{flag} (")
+
+
+def sabotage(seam: seams.Seam) -> dict[str, str]:
+    """How a test removes a seam: a callable loses the parameter it is known by, anything else goes."""
+    module, _, path = seam.target.partition(":")
+    if seam.parameters and seam not in (seams.ADD_CLI_ARGS, seams.FROM_CLI_ARGS, seams.PROCESS_WEIGHTS):
+        return {"SOFTPRUNE_TEST_DROP": f"{module}:{path}:{seam.parameters[0]}"}
+    return {"SOFTPRUNE_TEST_REMOVE": seam.target}
+
+
+STARTS: dict[str, tuple[dict[str, str], str]] = {
+    **{f"seam {seam.name}": (sabotage(seam), f"seam '{seam.name}' does not hold in vLLM ") for seam in seams.FRONT_END + seams.WORKER},
+    "plugin raises": ({"SOFTPRUNE_TEST_RAISE": "1"}, "planted: softprune's plugin raises"),
+    "plugin missing in the front end": ({"SOFTPRUNE_TEST_BREAK": "main"}, "unrecognized arguments: --expert-mask"),
+    "plugin missing in the workers": ({"SOFTPRUNE_TEST_BREAK": "child"}, "import of softprune halted"),
+    "plugin not allowed": ({"VLLM_PLUGINS": "aaa_softprune_test"}, "unrecognized arguments: --expert-mask"),
+    "mask vanishes": ({"SOFTPRUNE_TEST_VANISH": "MASK"}, "found No such file or directory; expected a readable mask file"),
+}
+
+
+@pytest.fixture(scope="module")
+def starts(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Output of real servers that were started with a mask and something missing; two at a time."""
+    folder = tmp_path_factory.mktemp("starts")
+
+    def start(name: str) -> str:
+        place = folder / name.replace(" ", "_")
+        place.mkdir()
+        path = saved(random_mask(models["gpt-oss"], 24), place / "mask.json")
+        env = {key: path if value == "MASK" else value for key, value in STARTS[name][0].items()}
+        server = Server(models["gpt-oss"], "--expert-mask", path, log=place / "log.txt", env=env)
+        try:
+            return server.wait_exit()
+        except AssertionError as error:
+            return f"AssertionError: {error}"
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(STARTS, pool.map(start, STARTS), strict=True))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", STARTS)
+def test_server_refuses_to_start(starts: dict[str, str], name: str) -> None:
+    assert not starts[name].startswith("AssertionError"), starts[name]
+    assert STARTS[name][1] in starts[name], starts[name][-3000:]
+
+
+def test_backends_and_their_top_k() -> None:
+    """vLLM's triton_kernels routing takes a top_k that is a power of two; unproven backends are refused by name."""
+    with pytest.raises(Exception, match="MoE backend FLASHINFER_TRTLLM_MXFP4_BF16 is not proven"):
+        proven.check_backend("FLASHINFER_TRTLLM_MXFP4_BF16", 4)
+    for backend in proven.PROVEN_BACKENDS:
+        proven.check_backend(backend, 4)
+        if backend in proven.POWER_OF_TWO_TOP_K:
+            with pytest.raises(Exception, match="top_k 3: MoE backend .* takes powers of two only"):
+                proven.check_backend(backend, 3)
