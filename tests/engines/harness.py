@@ -116,4 +116,7 @@ def run_offline(jobs: list[dict[str, Any]], folder: Path, env: dict[str, str] | 
             cwd=folder, stdout=log, stderr=subprocess.STDOUT, timeout=timeout, env={**os.environ, **BASE_ENV, **(env or {})},
         ).returncode  # fmt: skip
     assert code == 0, (folder / "log.txt").read_text(errors="replace")[-5000:]
-    return {result["name"]: result for result in json.loads((folder / "results.json").read_text())}
+    results = {result["name"]: result for result in json.loads((folder / "results.json").read_text())}
+    failed = {name: result["error"] for name, result in results.items() if "error" in result}
+    assert not failed, f"{failed}\n{(folder / 'log.txt').read_text(errors='replace')[-5000:]}"
+    return results

@@ -3,13 +3,16 @@
     python offline.py JOBS.json OUT.json
 
 A job is {"name", "model", "softprune" (additional_config, or null), "prompts" (lists of token ids),
-"max_tokens", "args" (for LLM), "reload" (call reload_weights first)}. Prompts run one at a time.
+"max_tokens", "args" (for LLM), "rpc" (calls to workers before the prompts)}. Prompts run one at a time.
+A job that fails leaves {"name", "error"}.
 """
 
+import gc
 import json
 import os
 import sys
 import time
+import traceback
 
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1"
@@ -32,7 +35,6 @@ def run(job):
             call["error"] = None
         except Exception as error:
             call["error"] = repr(error)
-            import traceback; traceback.print_exc()
     debug = bool((job.get("softprune") or {}).get("debug_routes"))
     if debug:
         llm.collective_rpc("softprune_routes", kwargs={"reset": True})
@@ -47,9 +49,18 @@ def run(job):
     result = {"name": job["name"], "tokens": tokens, "logprobs": logprobs, "boot_s": boot_s, "rpc": job.get("rpc", [])}
     if debug:
         result["routes"] = llm.collective_rpc("softprune_routes")
+    if job.get("softprune") is not None:
+        result["status"] = llm.collective_rpc("softprune_status")
     llm.llm_engine.engine_core.shutdown()
-    del llm
     return result
+
+
+def release_memory():
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
@@ -57,7 +68,12 @@ if __name__ == "__main__":
         jobs = json.load(file)
     results = []
     for job in jobs:
-        results.append(run(job))
-        print(job["name"], round(results[-1]["boot_s"], 1), "s", flush=True)
+        try:
+            results.append(run(job))
+        except Exception as error:
+            traceback.print_exc()
+            results.append({"name": job["name"], "error": repr(error)})
+        release_memory()
+        print(job["name"], results[-1].get("error") or f"{results[-1]['boot_s']:.1f} s", flush=True)
         with open(sys.argv[2], "w") as file:
             json.dump(results, file)

@@ -6,6 +6,7 @@ SOFTPRUNE_TEST_DROP=module:path:p  the callable no longer takes parameter p
 SOFTPRUNE_TEST_BREAK=role          softprune cannot be imported: "main" in the first process, "child" in all others
 SOFTPRUNE_TEST_RAISE=1             softprune's register() raises
 SOFTPRUNE_TEST_SKIP_LAYER=n        softprune's mask is not written to MoE layer n (a mutation that tests must notice)
+SOFTPRUNE_TEST_PROVEN=A,B          treat these MoE backends as proven, to find out whether they are
 SOFTPRUNE_TEST_VANISH=file         delete this file once the front end has read it
 """
 
@@ -36,12 +37,20 @@ def register():
         _drop(*ENV["SOFTPRUNE_TEST_DROP"].split(":"))
     if ENV.get("SOFTPRUNE_TEST_SKIP_LAYER"):
         _skip_layer(int(ENV["SOFTPRUNE_TEST_SKIP_LAYER"]))
+    if ENV.get("SOFTPRUNE_TEST_PROVEN"):
+        _proven(ENV["SOFTPRUNE_TEST_PROVEN"].split(","))
     if ROLE == "child" and os.path.exists(ENV.get("SOFTPRUNE_TEST_VANISH", "")):
         os.unlink(ENV["SOFTPRUNE_TEST_VANISH"])
 
 
 def _raise():
     raise RuntimeError("planted: softprune's plugin raises")
+
+
+def _proven(backends):
+    from softprune.vllm_ext import proven
+
+    proven.PROVEN_BACKENDS.update({backend: "on trial" for backend in backends})
 
 
 def _owner(module, path):
