@@ -39,6 +39,6 @@ def slice_checkpoint(model: Path, mask: ExpertMask, out: Path) -> None:
     out.mkdir(parents=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     for path in model.iterdir():
-        if path.suffix != ".safetensors":
+        if path.suffix != ".safetensors" and path.name != "model.safetensors.index.json":
             shutil.copy(path, out)
     (out / "config.json").write_text(json.dumps({**config, family.num_experts_key: number}))

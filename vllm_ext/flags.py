@@ -1,7 +1,7 @@
 """softprune's command line flags in vLLM, and what they do to the engine's configuration.
 
 The way of a mask from the command line to a worker:
-`--expert-mask` -> `EngineArgs.additional_config["softprune"]` -> `VllmConfig.additional_config` ->
+`--expert-mask` -> `EngineArgs.additional_config["softprune"]` -> `VllmConfig.additional_config.request` ->
 `softprune.vllm_ext.worker`, which `ParallelConfig.worker_cls` names. A worker process that cannot
 import softprune therefore cannot start, whatever became of the plugin in it.
 """
@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import json
 import logging
 import os
+from collections import UserDict
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -36,6 +40,35 @@ FLAGS = {
 """Destination of each flag in the parsed arguments -> field of `LaunchRequest`."""
 
 MIDDLEWARE = "softprune.vllm_ext.routes.ControlApi"
+
+
+class AdditionalConfig(UserDict[str, Any]):
+    """The user's own `additional_config`, with softprune's request beside it.
+
+    vLLM hashes this object into the key of its compile cache. The request stays out of it: a mask is data in
+    a tensor, so all masks, and a server without softprune, run the same compiled graph. A router that is
+    given a bias is another graph; `routers_changed` keeps the two apart.
+    """
+
+    def __init__(self, own: Mapping[str, Any], request: LaunchRequest, routers_changed: bool) -> None:
+        super().__init__({**own, CONFIG_KEY: "router bias added"} if routers_changed else own)
+        self.request = request
+
+    def compute_hash(self) -> str:
+        """Called by vLLM unless the object is empty."""
+        return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()
+
+
+def request_of(vllm_config: Any) -> LaunchRequest:
+    """What softprune was asked for.
+
+    Raises:
+        SeamError: the configuration lost it on its way through vLLM.
+    """
+    config = seams.attribute(vllm_config, "additional_config", seams.ADDITIONAL_CONFIG.name)
+    if not isinstance(config, AdditionalConfig):
+        raise SeamError(seams.ADDITIONAL_CONFIG.name, seams.engine(), f"additional_config is a {type(config).__name__} without softprune's request")
+    return config.request
 
 
 def register() -> None:
@@ -200,10 +233,13 @@ def _override_top_k(engine_args: Any, request: LaunchRequest) -> None:
 
 def _install(vllm_config: Any, request: LaunchRequest) -> None:
     """Refuse unproven modes, and put our worker class in vLLM's place."""
+    from softprune.vllm_ext import routers
     from softprune.vllm_ext.worker import WORKERS
 
-    if vllm_config.additional_config.get(CONFIG_KEY) != request.model_dump():
+    own = dict(vllm_config.additional_config)
+    if own.pop(CONFIG_KEY, None) != request.model_dump():
         raise SeamError(seams.ADDITIONAL_CONFIG.name, seams.engine(), "VllmConfig did not take over EngineArgs.additional_config")
+    vllm_config.additional_config = AdditionalConfig(own, request, routers_changed=routers.adds_bias(vllm_config.model_config.hf_config))
     proven.check_modes(vllm_config)
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in WORKERS:

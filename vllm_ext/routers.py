@@ -45,6 +45,11 @@ SITES = {
 _SEAM = "moe.router"
 
 
+def adds_bias(hf_config: Any) -> bool:
+    """Whether routers of this architecture are given a bias that their checkpoint does not have."""
+    return any(name in SITES and not SITES[name].has_bias for name in hf_config.architectures or ())
+
+
 @dataclass(frozen=True)
 class MoeLayer:
     """One MoE layer of a loaded model: its router module and the runner that selects and computes."""

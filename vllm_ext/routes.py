@@ -13,9 +13,8 @@ from typing import Any
 
 from softprune.control import KEY_HEADER, PREFIX, error_body, key_matches, server_key
 from softprune.errors import RefusedError
-from softprune.launch import LaunchRequest
 from softprune.vllm_ext import seams
-from softprune.vllm_ext.flags import CONFIG_KEY
+from softprune.vllm_ext.flags import request_of
 
 logger = logging.getLogger("vllm.softprune")
 
@@ -39,10 +38,7 @@ class ControlApi:
     async def _start(self, state: Any) -> None:
         """Refuse to serve unless every worker serves what was asked for."""
         client = seams.attribute(state, "engine_client", "http.app_state")
-        config = seams.attribute(client, "vllm_config.additional_config", seams.ADDITIONAL_CONFIG.name)
-        if CONFIG_KEY not in config:
-            raise RefusedError("softprune flags were given but did not reach the engine's configuration")
-        request = LaunchRequest.parse(config[CONFIG_KEY], f"additional_config.{CONFIG_KEY}")
+        request = request_of(seams.attribute(client, "vllm_config", seams.ADDITIONAL_CONFIG.name))
         for rank, worker in enumerate(await client.collective_rpc("softprune_status")):
             served = (worker["mask"] or {}).get("hash")
             if served != request.mask_hash or worker["top_k"] != request.top_k:
@@ -70,7 +66,7 @@ class ControlApi:
         return {"engine": seams.engine(), "model": client.vllm_config.model_config.model, **workers[0]}
 
     async def _routes(self, client: Any, reset: bool) -> tuple[int, Any]:
-        if not client.vllm_config.additional_config[CONFIG_KEY]["debug_routes"]:
+        if not request_of(client.vllm_config).debug_routes:
             return 409, error_body("probe_is_off", "start the server with --softprune-debug-routes")
         workers = await client.collective_rpc("softprune_routes", kwargs={"reset": reset})
         if any(worker != workers[0] for worker in workers):

@@ -21,11 +21,10 @@ from vllm.v1.worker.gpu_worker import Worker
 from softprune.checkpoint.families import SPEC_FIELDS, ModelSpec, spec_of
 from softprune.checkpoint.fingerprint import fingerprint, fingerprint_of_checkpoint
 from softprune.errors import RefusedError, SeamError
-from softprune.launch import LaunchRequest
 from softprune.runtime.route_probe import RouteProbe
 from softprune.runtime.router_mask import RouterMask
 from softprune.vllm_ext import proven, routers, seams
-from softprune.vllm_ext.flags import CONFIG_KEY
+from softprune.vllm_ext.flags import request_of
 
 logger = logging.getLogger("vllm.softprune")
 
@@ -41,7 +40,7 @@ class ExpertMaskWorker:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, mask its routers before its weights are packed, and see that they obey."""
         seams.check(seams.WORKER)
-        self._request = LaunchRequest.parse(self.vllm_config.additional_config.get(CONFIG_KEY), f"additional_config.{CONFIG_KEY}")
+        self._request = request_of(self.vllm_config)
         self._spec = self._model_spec()
         with _before_weights_are_processed(self._mask_routers):
             super().load_model(*args, **kwargs)  # type: ignore[misc]

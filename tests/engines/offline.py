@@ -67,6 +67,9 @@ if __name__ == "__main__":
     with open(sys.argv[1]) as file:
         jobs = json.load(file)
     results = []
+    if os.path.exists(sys.argv[2]):  # go on where an earlier run was cut off
+        with open(sys.argv[2]) as file:
+            results = [result for result in json.load(file) if "error" not in result]
     for job in jobs:
         try:
             results.append(run(job))

@@ -58,7 +58,7 @@ def jobs(work: Path, masks: dict[str, str]) -> list[dict[str, Any]]:
         }  # fmt: skip
 
     graphs = {"enforce_eager": False}
-    return [
+    every = [
         job("plain"),
         job("plain again"),
         job("all", "all"),
@@ -77,6 +77,9 @@ def jobs(work: Path, masks: dict[str, str]) -> list[dict[str, Any]]:
         job("graphs top2", "top2", **graphs),
         job("unfused routes", "keep24", MANY, probe=True, moe_backend="triton_unfused"),
     ]
+    done = work / "results.json"
+    finished = {run["name"] for run in json.loads(done.read_text()) if "error" not in run} if done.exists() else set()
+    return [one for one in every if one["name"] not in finished]
 
 
 def difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
