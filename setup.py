@@ -11,6 +11,7 @@ PACKAGES = {
     "softprune.checkpoint": "core/checkpoint",
     "softprune.runtime": "core/runtime",
     "softprune.report": "core/report",
+    "softprune.bench": "bench",
     "softprune.vllm_ext": "vllm_ext",
 }
 

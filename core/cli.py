@@ -8,7 +8,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +30,7 @@ from softprune.report.progress import tensor_progress
 class _Group(typer.core.TyperGroup):
     """Shows softprune's own errors as one line, and exits with 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except SoftpruneError as error:
@@ -71,7 +70,9 @@ def mask_new(
     out: Out,
     keep_random: Annotated[int | None, typer.Option(help="Keep this many experts a layer, chosen at random.")] = None,
     keep_first: Annotated[int | None, typer.Option(help="Keep the first so many experts of each layer.")] = None,
-    keep: Annotated[Path | None, typer.Option(help="Keep what a file says: a list of lists of ids, or any form that `convert` reads.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep what a file says: a list of lists of ids, or any form that `convert` reads.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed for --keep-random.")] = 0,
     top_k: Annotated[int | None, typer.Option(help="Experts per token; without it, the model's own.")] = None,
 ) -> None:
@@ -179,7 +180,9 @@ def checkpoint_info(model: Annotated[Path, typer.Argument(metavar="DIR", help="C
     table = Table(show_header=False, box=None)
     table.add_row("family", family.name)
     table.add_row("architecture", spec.architecture)
-    table.add_row("MoE layers", f"{spec.num_layers}" + ("" if len(present) == spec.num_layers else f", a part: {_ids(set(present))} present"))
+    table.add_row(
+        "MoE layers", f"{spec.num_layers}" + ("" if len(present) == spec.num_layers else f", a part: {_ids(set(present))} present")
+    )
     table.add_row("experts", f"{spec.num_experts}, top_k {spec.top_k}")
     table.add_row("tensors", f"{len(index.tensors)} in {len({i.shard for i in index.tensors.values()})} shards, {_size(index.num_bytes)}")
     experts = sum(info.num_bytes for name, info in index.tensors.items() if ".experts." in name)

@@ -55,9 +55,6 @@ class SeamError(RefusedError):
     """
 
     def __init__(self, seam: str, engine: str, detail: str) -> None:
-        super().__init__(
-            f"seam {seam!r} does not hold in {engine}: {detail}. "
-            "softprune refuses to serve a mask that it cannot apply."
-        )
+        super().__init__(f"seam {seam!r} does not hold in {engine}: {detail}. softprune refuses to serve a mask that it cannot apply.")
         self.seam = seam
         self.engine = engine

@@ -94,14 +94,18 @@ class LaunchRequest(BaseModel):
         mask = mask_file.load(self.expert_mask)
         mask.check_model(spec, self.expert_mask)
         if self.mask_hash is not None and mask.hash != self.mask_hash:
-            raise MaskError(self.expert_mask, "", f"another mask ({mask.hash[:19]}…) than at the start", f"{self.mask_hash[:19]}…, unchanged")
+            raise MaskError(
+                self.expert_mask, "", f"another mask ({mask.hash[:19]}…) than at the start", f"{self.mask_hash[:19]}…, unchanged"
+            )
         return mask
 
     def _top_k(self, mask: ExpertMask | None, spec: ModelSpec) -> int:
         flag, asked = self.expert_top_k, mask.top_k if mask else None
         if isinstance(asked, list):
             if len(set(asked)) > 1:
-                raise MaskError(str(self.expert_mask), "top_k", "a different number for each layer", "one number: this engine has one top_k")
+                raise MaskError(
+                    str(self.expert_mask), "top_k", "a different number for each layer", "one number: this engine has one top_k"
+                )
             asked = asked[0]
         if flag is not None and not 1 <= flag <= spec.top_k:
             raise RefusedError(f"--expert-top-k: found {flag}; expected from 1 to the model's own top_k = {spec.top_k}")

@@ -7,20 +7,21 @@ of the file alone, `ExpertMask.check_model` what can be said of it and a model.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import MaskError
 
-FORMAT = "softprune.expert-mask"
-VERSION = 1
+FORMAT: Final = "softprune.expert-mask"
+VERSION: Final = 1
 MAX_BYTES = 16_000_000
 """Largest mask file or request body that is read (16 MB, decimal)."""
 
@@ -105,7 +106,7 @@ class ExpertMask(BaseModel):
                 bad = [i for i in ids if not 0 <= i < model.num_experts]
                 if bad:
                     raise MaskError(source, field, f"expert id {bad[0]}", f"ids from 0 to {model.num_experts - 1}")
-                repeated = [a for a, b in zip(ids, ids[1:], strict=False) if a == b]
+                repeated = [a for a, b in itertools.pairwise(ids) if a == b]
                 if repeated:
                     raise MaskError(source, field, f"expert id {repeated[0]} more than once", "each id once")
             top_k, name = self.layer_top_k(layer), f"top_k[{layer}]" if isinstance(self.top_k, list) else "top_k"

@@ -6,7 +6,7 @@
 | list | `[[ids], [ids], …]` | which experts stay |
 | expert_mapping | `{"0": {"<old id>": new id}}` (a rewritten checkpoint's expert_mapping.json) | which experts stay |
 | reap_scores | REAP scores YAML, `schema_version: 1`, `kind: reap_scores`, `ranking_by_layer` or `layer_scores` | a ranking |
-| topical | `{"think_expert_analytics": {"layer_0": [ids]}, "answer_expert_analytics": {…}}` (GPT-OSS-MoE-ExpertFingerprinting) | a ranking |
+| topical | `{"think_expert_analytics": {"layer_0": [ids]}, …}`, of GPT-OSS-MoE-ExpertFingerprinting | a ranking |
 
 A ranking becomes a mask by keeping its first N experts per layer, so these forms need `keep_n`.
 """
@@ -145,7 +145,9 @@ def _by_layer(table: Any, source: str, field: str, prefix: str) -> list[Any]:
     for layer in range(len(table)):
         key = f"{prefix}{layer}"
         if key not in table:
-            raise MaskError(source, field or "layers", f"{len(table)} entries but none named {key!r}", "one entry for each layer, numbered from 0")
+            raise MaskError(
+                source, field or "layers", f"{len(table)} entries but none named {key!r}", "one entry for each layer, numbered from 0"
+            )
         rows.append(table[key])
     return rows
 

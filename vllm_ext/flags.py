@@ -67,7 +67,9 @@ def request_of(vllm_config: Any) -> LaunchRequest:
     """
     config = seams.attribute(vllm_config, "additional_config", seams.ADDITIONAL_CONFIG.name)
     if not isinstance(config, AdditionalConfig):
-        raise SeamError(seams.ADDITIONAL_CONFIG.name, seams.engine(), f"additional_config is a {type(config).__name__} without softprune's request")
+        raise SeamError(
+            seams.ADDITIONAL_CONFIG.name, seams.engine(), f"additional_config is a {type(config).__name__} without softprune's request"
+        )
     return config.request
 
 
@@ -135,9 +137,10 @@ def _refuse_engine_config(error: SeamError) -> None:
 class _Flag(argparse.Action):
     """A softprune flag: checks the seams, and puts the control API (with its check at start-up) in place."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.is_switch = kwargs.pop("is_switch", False)
-        super().__init__(*args, **kwargs, nargs=0 if self.is_switch else None)
+    def __init__(self, *args: Any, is_switch: bool = False, **kwargs: Any) -> None:
+        self.is_switch = is_switch
+        kwargs["nargs"] = 0 if is_switch else None
+        super().__init__(*args, **kwargs)
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
         try:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from softprune.checkpoint.families import ModelSpec
-from softprune.errors import RefusedError
+from softprune.errors import RefusedError, SeamError
 from softprune.runtime.router_mask import Router
 from softprune.vllm_ext import seams
 
@@ -76,7 +76,7 @@ def find(model: nn.Module, spec: ModelSpec) -> list[MoeLayer]:
         if isinstance(module, block_class):
             match = re.search(r"layers\.(\d+)\.", name + ".")
             if match is None:
-                raise seams.SeamError(site.block.name, seams.engine(), f"no layer number in {name!r}")
+                raise SeamError(site.block.name, seams.engine(), f"no layer number in {name!r}")
             gate = seams.attribute(module, site.router, site.block.name)
             runner = seams.attribute(module, "experts", site.block.name)
             found[int(match[1])] = MoeLayer(f"{name}.{site.router}", gate, runner, site.has_bias)
@@ -107,11 +107,11 @@ def attach(layer: MoeLayer, spec: ModelSpec) -> Router:
         SeamError: the gate does not look as expected.
         RefusedError: its bias is not applied, or has another shape.
     """
-    gate = layer.gate
+    gate: Any = layer.gate
     if getattr(layer.runner, "_fse_fuse_gate", False):
         raise RefusedError(f"{layer.name}: the engine fuses this gate with a shared expert's, past any bias")
     if seams.attribute(gate, "skip_bias_add", _SEAM):
-        raise seams.SeamError(_SEAM, seams.engine(), f"{layer.name} does not add its bias itself")
+        raise SeamError(_SEAM, seams.engine(), f"{layer.name} does not add its bias itself")
     if not layer.has_bias:
         _add_bias(gate, spec.num_experts)
     bias = seams.attribute(gate, "bias", _SEAM)
@@ -135,8 +135,9 @@ def as_built(layers: Sequence[MoeLayer]) -> Iterator[None]:
     for layer, bias in zip(layers, biases, strict=True):
         if not layer.has_bias:
             layer.gate.register_parameter("bias", bias)
-        if layer.gate.bias is None or layer.gate.bias.data_ptr() != bias.data_ptr():
-            raise seams.SeamError(_SEAM, seams.engine(), f"the reload moved {layer.name}.bias")
+        after: Any = layer.gate.bias
+        if after is None or after.data_ptr() != bias.data_ptr():
+            raise SeamError(_SEAM, seams.engine(), f"the reload moved {layer.name}.bias")
 
 
 def _add_bias(gate: nn.Module, num_experts: int) -> None:

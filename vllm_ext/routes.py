@@ -42,7 +42,9 @@ class ControlApi:
         for rank, worker in enumerate(await client.collective_rpc("softprune_status")):
             served = (worker["mask"] or {}).get("hash")
             if served != request.mask_hash or worker["top_k"] != request.top_k:
-                raise RefusedError(f"worker {rank}: serves mask {served}, top_k {worker['top_k']}; expected {request.mask_hash}, {request.top_k}")
+                raise RefusedError(
+                    f"worker {rank}: serves mask {served}, top_k {worker['top_k']}; expected {request.mask_hash}, {request.top_k}"
+                )
         args = seams.attribute(state, "args", "http.app_state")
         self.key, path = server_key(args.port)
         if path:
@@ -54,11 +56,13 @@ class ControlApi:
         if self.key is None or not key_matches(sent, self.key):
             return 401, error_body("unauthorized", f"softprune's own key is missing or wrong; send it in {KEY_HEADER}")
         client = scope["app"].state.engine_client
-        call = (scope["method"], scope["path"].removeprefix(PREFIX))
-        if call == ("GET", "/status"):
-            return 200, await self._status(client)
-        if call in (("GET", "/routes"), ("DELETE", "/routes")):
-            return await self._routes(client, reset=call[0] == "DELETE")
+        match scope["method"], scope["path"].removeprefix(PREFIX):
+            case "GET", "/status":
+                return 200, await self._status(client)
+            case "GET", "/routes":
+                return await self._routes(client, reset=False)
+            case "DELETE", "/routes":
+                return await self._routes(client, reset=True)
         return 404, error_body("not_found", f"no {call[0]} {scope['path']}; there are GET status, GET routes, DELETE routes")
 
     async def _status(self, client: Any) -> dict[str, Any]:

@@ -64,9 +64,7 @@ FRONT_END = (ADD_CLI_ARGS, FROM_CLI_ARGS, CREATE_ENGINE_CONFIG, ADDITIONAL_CONFI
 
 LOAD_MODEL = Seam("worker.load_model", "vllm.v1.worker.gpu_worker:Worker.load_model")
 RELOAD_WEIGHTS = Seam("worker.reload_weights", "vllm.v1.worker.gpu_worker:Worker.reload_weights")
-PROCESS_WEIGHTS = Seam(
-    "loader.process_weights", "vllm.model_executor.model_loader.base_loader:process_weights_after_loading", ("model",)
-)
+PROCESS_WEIGHTS = Seam("loader.process_weights", "vllm.model_executor.model_loader.base_loader:process_weights_after_loading", ("model",))
 SELECT_EXPERTS = Seam(
     "router.select_experts", "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter.select_experts", ("router_logits",)
 )

@@ -8,6 +8,7 @@ next step, or refused.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +62,9 @@ class ExpertMaskWorker:
         """
         unknown = {key for key, value in kwargs.items() if value is not None} - {"weights_path", "is_checkpoint_format"}
         if args or unknown or not kwargs.get("is_checkpoint_format", True):
-            raise RefusedError("reload_weights: with an expert mask in force, weights are reloaded from a checkpoint folder only (weights_path)")
+            raise RefusedError(
+                "reload_weights: with an expert mask in force, weights are reloaded from a checkpoint folder only (weights_path)"
+            )
         path = kwargs.get("weights_path") or self.vllm_config.model_config.model
         if not Path(path).is_dir():
             raise RefusedError(f"reload_weights: found {path}; expected a checkpoint folder, whose routers can be compared with the mask's")
@@ -205,7 +208,7 @@ def _before_weights_are_processed(act: Callable[[nn.Module], None]) -> Iterator[
     Some kernels copy the bias when they pack, and some free the weight; before that, both are plain tensors.
     """
     original = seams.PROCESS_WEIGHTS.resolve()
-    module = __import__(seams.PROCESS_WEIGHTS.target.partition(":")[0], fromlist=["_"])
+    module: Any = importlib.import_module(seams.PROCESS_WEIGHTS.target.partition(":")[0])
 
     @functools.wraps(original)
     def process(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -241,4 +244,3 @@ def _logits_hook(probe: RouteProbe, position: int, top_k: int) -> Callable[..., 
         probe.record_logits(position, logits, top_k)
 
     return hook
-

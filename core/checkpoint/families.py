@@ -5,12 +5,11 @@ A family is a row in a table, not a class hierarchy: adding an architecture is a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import json
 
 from softprune.errors import CheckpointError
 
@@ -83,10 +82,7 @@ FAMILIES: tuple[Family, ...] = (
         top_k_keys=("num_experts_per_tok", "experts_per_token"),
         router_weight=_GPT_OSS + "router.weight",
         router_bias=_GPT_OSS + "router.bias",
-        expert_tensors=tuple(
-            _GPT_OSS + "experts." + t
-            for t in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
-        ),
+        expert_tensors=tuple(_GPT_OSS + "experts." + t for t in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")),
     ),
     Family(
         name="qwen3-moe",
@@ -96,9 +92,7 @@ FAMILIES: tuple[Family, ...] = (
         top_k_keys=("num_experts_per_tok",),
         router_weight=_QWEN + "gate.weight",
         router_bias=None,
-        expert_tensors=tuple(
-            _QWEN + "experts.{expert}." + t + ".weight" for t in ("gate_proj", "up_proj", "down_proj")
-        ),
+        expert_tensors=tuple(_QWEN + "experts.{expert}." + t + ".weight" for t in ("gate_proj", "up_proj", "down_proj")),
         expert_index=True,
     ),
     Family(
@@ -177,9 +171,7 @@ def family_of(config: Config, source: str = "config.json") -> Family:
     if not set(architectures) & set(ARCHITECTURES):
         raise CheckpointError(source, "architectures", str(architectures), f"one of {', '.join(ARCHITECTURES)}")
     known = sorted(f.storage for f in FAMILIES if f.architecture in architectures)
-    raise CheckpointError(
-        source, "quantization_config.quant_method", repr(quantization), f"a checkpoint stored as {' or '.join(known)}"
-    )
+    raise CheckpointError(source, "quantization_config.quant_method", repr(quantization), f"a checkpoint stored as {' or '.join(known)}")
 
 
 def spec_of(config: Config, source: str = "config.json") -> ModelSpec:

@@ -65,7 +65,8 @@ def tokenizer_files(vocab_size: int = 512) -> TokenizerFiles:
     )
     tokenizer.train_from_iterator(_TEXT.splitlines(), trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|startoftext|>",

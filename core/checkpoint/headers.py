@@ -86,7 +86,7 @@ class TensorIndex:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(str(self.model_dir), name, "no such tensor", "a tensor of this name")
-        with safe_open(info.shard, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(info.shard, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
@@ -98,7 +98,7 @@ class TensorIndex:
 
 def _read_header(shard: Path) -> Iterator[TensorInfo]:
     try:
-        with safe_open(shard, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 view = file.get_slice(name)
                 yield TensorInfo(name, shard, view.get_dtype(), tuple(view.get_shape()))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def gpt_oss(
-    num_layers: int, num_experts: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int
-) -> dict[str, Any]:
+def gpt_oss(num_layers: int, num_experts: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
     """A gpt-oss config.json; fields not given here are those of the published models."""
     return {
         "architectures": ["GptOssForCausalLM"],

@@ -84,5 +84,5 @@ class RouterMask:
                 state = "pruned" if expert in pruned else "kept"
                 raise RefusedError(
                     f"{router.name}: found logits {[round(x, 3) for x in logits[:, expert].tolist()]} for {state} expert {expert}; "
-                    f"expected {'-inf' if state == 'pruned' else 'finite numbers'}. The engine's router does not obey its bias, so the mask cannot be served."
+                    f"expected {'-inf' if state == 'pruned' else 'finite numbers'}. The router does not obey its bias."
                 )

@@ -35,9 +35,10 @@ def attempt(parser, arguments):
 
 def modes(arguments):
     """Every unproven mode, set on a real VllmConfig where this machine cannot be configured for it."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
     from softprune.errors import RefusedError
     from softprune.vllm_ext import proven
-    from vllm.engine.arg_utils import AsyncEngineArgs
 
     results = {}
     for mode in proven.UNPROVEN_MODES:

@@ -10,14 +10,14 @@ import pytest
 
 from softprune.mask import ExpertMask
 from tests.conftest import random_mask, saved
-from tests.engines.harness import Server
+from tests.engines.harness import VllmServer
 
 
 @dataclass
 class Masked:
     """A running server and the mask that it was started with."""
 
-    server: Server
+    server: VllmServer
     mask: ExpertMask
 
 
@@ -27,5 +27,6 @@ def masked(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("server")
     mask = random_mask(models["gpt-oss"], 24, seed=11)
     path = saved(mask, folder / "keep24.json")
-    with Server(models["gpt-oss"], "--expert-mask", path, "--softprune-debug-routes", log=folder / "server.log") as server:
-        yield Masked(server.wait_ready(), mask)
+    with VllmServer(models["gpt-oss"], "--expert-mask", path, "--softprune-debug-routes", log=folder / "server.log") as server:
+        server.wait_ready()
+        yield Masked(server, mask)

@@ -14,7 +14,7 @@ import pytest
 from softprune.checkpoint.families import read_config, spec_of
 from softprune.mask import ExpertMask
 from softprune.mask_forms import build
-from tests.conftest import random_mask, random_prompts, saved
+from tests.conftest import Evidence, random_mask, random_prompts, saved
 from tests.engines.harness import run_offline
 from tests.slicing import slice_checkpoint
 
@@ -95,12 +95,14 @@ def selections(counts: list[list[int]], mask: ExpertMask) -> tuple[list[int], li
     return pruned, kept
 
 
-def check_routes(result: dict[str, Any], mask: ExpertMask, num_tokens: int) -> None:
-    """Every selection is accounted for, and none is of a pruned expert."""
+def check_routes(result: dict[str, Any], mask: ExpertMask, num_tokens: int) -> dict[str, int]:
+    """Every selection is accounted for, and none is of a pruned expert; the figures."""
     counts = routes(result)
-    assert sum(map(sum, counts)) == num_tokens * sum(mask.layer_top_k(layer) for layer in range(len(counts)))
-    pruned, _ = selections(counts, mask)
+    pruned, kept = selections(counts, mask)
+    expected = num_tokens * sum(mask.layer_top_k(layer) for layer in range(len(counts)))
     assert sum(pruned) == 0
+    assert sum(kept) == expected
+    return {"tokens": num_tokens, "selections": sum(kept), "expected_selections": expected, "selections_of_pruned": sum(pruned)}
 
 
 # A request's last token is sampled but never computed on.
@@ -108,15 +110,20 @@ MANY_TOKENS = sum(len(prompt) + MAX_TOKENS - 1 for prompt in MANY)
 
 
 @pytest.mark.parametrize(("run", "name"), [("gpt-oss", "gpt-oss"), ("qwen3-moe", "qwen3-moe"), ("uneven", "uneven")])
-def test_pruned_experts_are_never_selected(stock: Any, masks: Any, run: str, name: str) -> None:
+def test_pruned_experts_are_never_selected(stock: Any, masks: Any, run: str, name: str, evidence: Evidence) -> None:
     assert MANY_TOKENS > 10_000
-    check_routes(stock[f"{run} probed"], masks[name][0], MANY_TOKENS)
+    evidence(f"vllm_cpu.routes.masked.{run}", check_routes(stock[f"{run} probed"], masks[name][0], MANY_TOKENS))
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
-def test_without_a_mask_the_same_experts_are_selected(stock: Any, masks: Any, name: str) -> None:
-    pruned, _ = selections(routes(stock[f"{name} unmasked probed"]), masks[name][0])
-    assert sum(count > 0 for count in pruned) >= 0.9 * len(pruned)
+def test_without_a_mask_the_same_experts_are_selected(stock: Any, masks: Any, name: str, evidence: Evidence) -> None:
+    pruned, kept = selections(routes(stock[f"{name} unmasked probed"]), masks[name][0])
+    share = sum(count > 0 for count in pruned) / len(pruned)
+    evidence(
+        f"vllm_cpu.routes.unmasked.{name}",
+        {"selections": sum(pruned) + sum(kept), "selections_of_pruned": sum(pruned), "pruned_experts_selected_share": share},
+    )
+    assert share >= 0.9
 
 
 def test_one_unmasked_layer_is_noticed(models: Any, masks: Any, tmp_path: Path) -> None:
@@ -131,10 +138,12 @@ def test_one_unmasked_layer_is_noticed(models: Any, masks: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe", "top2"])
-def test_masked_equals_sliced_exactly(stable: Any, name: str) -> None:
+def test_masked_equals_sliced_exactly(stable: Any, name: str, evidence: Evidence) -> None:
     masked, sliced = stable[f"{name} masked"], stable[f"{name} sliced"]
     assert masked["tokens"] == sliced["tokens"]
     assert masked["logprobs"] == sliced["logprobs"]
+    scored = sum(map(len, masked["logprobs"]))
+    evidence(f"vllm_cpu.masked_equals_sliced.stable_top_k.{name}", {"logprobs": scored, "equal": scored})
 
 
 def test_top_k_really_shrinks(stable: Any, masks: Any) -> None:
@@ -142,13 +151,18 @@ def test_top_k_really_shrinks(stable: Any, masks: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
-def test_stock_top_k_difference_is_reported(stock: Any, name: str, record_property: Any) -> None:
+def test_stock_top_k_difference_is_reported(stock: Any, name: str, evidence: Evidence) -> None:
     """vLLM's CPU router sorts nothing: order and ties change with the number of experts. No bar, a figure."""
     masked, sliced = stock[f"{name} masked"]["logprobs"], stock[f"{name} sliced"]["logprobs"]
-    differences = [abs(a - b) for one, two in zip(masked, sliced, strict=True) for a, b in zip(one[:159], two[:159], strict=True)]
-    record_property(f"{name} max |dlogprob|, stock top-k", max(differences))
-    print(f"\n{name}: masked against sliced with vLLM's own top-k: max {max(differences):.4f}, mean {sum(differences) / len(differences):.6f}")
-    assert len(differences) == 8 * 159
+    gaps = [abs(a - b) for one, two in zip(masked, sliced, strict=True) for a, b in zip(one[:159], two[:159], strict=True)]
+    figures = {
+        "logprobs": len(gaps),
+        "max_abs": max(gaps),
+        "mean_abs": sum(gaps) / len(gaps),
+        "equal_share": sum(g == 0 for g in gaps) / len(gaps),
+    }
+    evidence(f"vllm_cpu.masked_against_sliced.stock_top_k.{name}", figures)
+    assert len(gaps) == 8 * 159
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
@@ -168,7 +182,7 @@ def test_mask_follows_a_weight_reload(stable: Any, masks: Any, name: str) -> Non
         assert reloaded["logprobs"] == stable[f"{name} masked"]["logprobs"]
 
 
-def test_compiled_model_obeys_the_mask(models: Any, masks: Any, tmp_path: Path) -> None:
+def test_compiled_model_obeys_the_mask(models: Any, masks: Any, tmp_path: Path, evidence: Evidence) -> None:
     """torch.compile does not fold the bias away, for routers with a bias of their own and for those given one.
 
     The unmasked models are compiled first into the same cache. gpt-oss then runs masked on the graph of the unmasked
@@ -176,15 +190,21 @@ def test_compiled_model_obeys_the_mask(models: Any, masks: Any, tmp_path: Path) 
     """
     jobs = []
     for name in ("gpt-oss", "qwen3-moe"):
-        runs = {"compiled unmasked": (None, False), "compiled": ({"expert_mask": masks[name][1]}, False), "eager": ({"expert_mask": masks[name][1]}, True)}
+        runs = {
+            "compiled unmasked": (None, False),
+            "compiled": ({"expert_mask": masks[name][1]}, False),
+            "eager": ({"expert_mask": masks[name][1]}, True),
+        }
         jobs += [
             job(f"{name} {run}", models[name], asked, PROMPTS[:2], args={"enforce_eager": eager}) for run, (asked, eager) in runs.items()
         ]
     results = run_offline(jobs, tmp_path, {**STABLE, "VLLM_CACHE_ROOT": str(tmp_path / "cache")})
     for name in ("gpt-oss", "qwen3-moe"):
         scores = {run: [x for one in results[f"{name} {run}"]["logprobs"] for x in one[:150]] for run in runs}
-        same, other = (max(abs(a - b) for a, b in zip(scores["compiled"], scores[run], strict=True)) for run in ("eager", "compiled unmasked"))
-        print(f"\n{name}: compiled and masked, distance to eager masked {same:.4f}, to compiled unmasked {other:.4f}")
+        same, other = (
+            max(abs(a - b) for a, b in zip(scores["compiled"], scores[run], strict=True)) for run in ("eager", "compiled unmasked")
+        )
+        evidence(f"vllm_cpu.compiled.{name}", {"max_abs_to_eager_masked": same, "max_abs_to_compiled_unmasked": other})
         # Inductor fuses BF16 steps, so equality is not to be had; the other model is an order of magnitude away.
         assert same < 0.15 * other
     # One graph for gpt-oss, masked or not; two for Qwen3-MoE.
@@ -192,7 +212,7 @@ def test_compiled_model_obeys_the_mask(models: Any, masks: Any, tmp_path: Path) 
 
 
 @pytest.mark.timeout(400)
-def test_tensor_parallel_masked_equals_sliced(models: Any, masks: Any, tmp_path: Path) -> None:
+def test_tensor_parallel_masked_equals_sliced(models: Any, masks: Any, tmp_path: Path, evidence: Evidence) -> None:
     """Two ranks; compared with two ranks, since their sums round differently from one rank's."""
     mask, path = masks["gpt-oss"]
     slice_checkpoint(models["gpt-oss"], mask, tmp_path / "sliced")
@@ -208,3 +228,5 @@ def test_tensor_parallel_masked_equals_sliced(models: Any, masks: Any, tmp_path:
     assert first == second
     assert sum(selections(first["counts"], mask)[0]) == 0
     assert sum(map(sum, first["counts"])) == 4 * 4 * sum(len(prompt) + MAX_TOKENS - 1 for prompt in PROMPTS[:4])
+    scored = sum(map(len, runs["masked"]["logprobs"]))
+    evidence("vllm_cpu.masked_equals_sliced.stable_top_k.tensor_parallel_2", {"logprobs": scored, "equal": scored})

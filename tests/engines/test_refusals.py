@@ -17,7 +17,7 @@ import pytest
 
 from softprune.vllm_ext import proven, seams
 from tests.conftest import random_mask, saved
-from tests.engines.harness import BASE_ENV, HERE, SERVER_ARGS, Server
+from tests.engines.harness import BASE_ENV, HERE, SERVER_ARGS, VllmServer
 
 pytestmark = pytest.mark.engine
 
@@ -94,7 +94,9 @@ def configured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.parametrize(("case", "top_k"), [("good", 4), ("top-k only", 2), ("forced", 4), ("equal top_k list", 2), ("additional config", 4)])
+@pytest.mark.parametrize(
+    ("case", "top_k"), [("good", 4), ("top-k only", 2), ("forced", 4), ("equal top_k list", 2), ("additional config", 4)]
+)
 def test_accepted(configured: Any, case: str, top_k: int) -> None:
     outcome = configured["cases"][case]
     assert outcome["error"] is None
@@ -174,7 +176,7 @@ def starts(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         place.mkdir()
         path = saved(random_mask(models["gpt-oss"], 24), place / "mask.json")
         env = {key: path if value == "MASK" else value for key, value in STARTS[name][0].items()}
-        server = Server(models["gpt-oss"], "--expert-mask", path, log=place / "log.txt", env=env)
+        server = VllmServer(models["gpt-oss"], "--expert-mask", path, log=place / "log.txt", env=env)
         try:
             return server.wait_exit()
         except AssertionError as error:

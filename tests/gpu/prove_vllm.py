@@ -48,7 +48,9 @@ def prepare(work: Path) -> dict[str, str]:
 
 
 def jobs(work: Path, masks: dict[str, str]) -> list[dict[str, Any]]:
-    def job(name: str, mask: str | None = None, prompts: Any = PROMPTS, model: str = "base", probe: bool = False, **args: Any) -> dict[str, Any]:
+    def job(
+        name: str, mask: str | None = None, prompts: Any = PROMPTS, model: str = "base", probe: bool = False, **args: Any
+    ) -> dict[str, Any]:
         softprune: dict[str, Any] = {"expert_mask": masks[mask]} if mask else {}
         if probe:
             softprune["debug_routes"] = True

@@ -124,7 +124,11 @@ def test_a_part_holds_the_bytes_of_the_whole(models: dict[str, Path], tmp_path: 
 
 @pytest.mark.parametrize(
     ("preset", "options", "message"),
-    [("huge", {}, "found 'huge'"), ("tiny", {"layers": [4]}, "layers: found 4"), ("qwen3-moe-tiny", {"storage": "mxfp4"}, "stored as bf16")],
+    [
+        ("huge", {}, "found 'huge'"),
+        ("tiny", {"layers": [4]}, "layers: found 4"),
+        ("qwen3-moe-tiny", {"storage": "mxfp4"}, "stored as bf16"),
+    ],
 )
 def test_what_cannot_be_made(tmp_path: Path, preset: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):

@@ -102,7 +102,7 @@ def test_convert(models: dict[str, Path], tmp_path: Path) -> None:
     code, _ = run("mask", "convert", tmp_path / "math.json", "-m", models["gpt-oss"], "--keep-n", 8, "-o", tmp_path / "m.json")
     assert code == 0
     assert mask_file.load(tmp_path / "m.json").keep == [list(range(24, 32))] * 4
-    code, output = run("mask", "convert", tmp_path / "math.json", "-m", models["gpt-oss"], "--section", "x", "-o", tmp_path / "n.json")
+    code, _output = run("mask", "convert", tmp_path / "math.json", "-m", models["gpt-oss"], "--section", "x", "-o", tmp_path / "n.json")
     assert code == 2
 
 

@@ -83,10 +83,7 @@ def _stable_topk():
     def softmax_topk(router_logits, top_k, renormalize):
         values, ids = torch.sort(router_logits, dim=-1, descending=True, stable=True)
         values, ids = values[:, :top_k], ids[:, :top_k]
-        if renormalize:
-            weights = torch.softmax(values, dim=-1)
-        else:
-            weights = (values - torch.logsumexp(router_logits, dim=-1, keepdim=True)).exp()
+        weights = torch.softmax(values, dim=-1) if renormalize else (values - torch.logsumexp(router_logits, dim=-1, keepdim=True)).exp()
         return weights.to(torch.float32).contiguous(), ids.to(torch.int32).contiguous()
 
     cpu_router._softmax_topk = softmax_topk

@@ -1,0 +1,1 @@
+"""Running inference servers and measuring them."""

@@ -1,0 +1,117 @@
+"""One inference server as a process of its own: start it, wait for it, talk to it, stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from softprune.control import KEY_ENV, KEY_HEADER
+from softprune.errors import SoftpruneError
+
+
+class ServerError(SoftpruneError):
+    """A server did not come up; the message ends with its log."""
+
+
+def free_port() -> int:
+    """A TCP port on the loopback interface that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def vllm_command(model: str | Path, port: int, *args: str) -> list[str]:
+    """Command line of vLLM's API server; the module, since CPU builds of vLLM cannot run `vllm serve`."""
+    module = "vllm.entrypoints.openai.api_server"
+    return [sys.executable, "-m", module, "--model", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
+
+
+class Server:
+    """A server process in its own session, so that stopping it stops its workers as well.
+
+    Args:
+        command: its command line.
+        port: the port in that command line.
+        log: file for its output.
+        key: softprune's key, given to it in SOFTPRUNE_KEY.
+        env: further environment variables.
+    """
+
+    def __init__(self, command: Sequence[str], port: int, log: Path, key: str, env: Mapping[str, str] | None = None) -> None:
+        self.port, self.log, self.key = port, log, key
+        with open(log, "wb") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent,
+                env={**os.environ, KEY_ENV: key, **(env or {})},
+            )  # fmt: skip
+
+    def wait_ready(self, seconds: float = 300) -> None:
+        """Wait until the server answers.
+
+        Raises:
+            ServerError: it ended, or said nothing in time.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerError(f"the server ended with status {self.process.returncode}:\n{self.text()[-4000:]}")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.5)
+        self.stop()
+        raise ServerError(f"no answer within {seconds:.0f} s:\n{self.text()[-4000:]}")
+
+    def text(self) -> str:
+        """Its output so far."""
+        return self.log.read_text(errors="replace")
+
+    def request(self, method: str, path: str, body: Any = None, key: str | None = None, timeout: float = 120) -> tuple[int, Any]:
+        """Send JSON, get (status, decoded JSON).
+
+        Args:
+            method, path, body: the call.
+            key: sent as softprune's key instead of the server's own; "" sends none.
+            timeout: seconds.
+        """
+        headers = {"content-type": "application/json", KEY_HEADER: self.key if key is None else key}
+        if key == "":
+            del headers[KEY_HEADER]
+        data = None if body is None else json.dumps(body).encode()
+        call = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=data, headers=headers, method=method)
+        try:
+            with urllib.request.urlopen(call, timeout=timeout) as response:
+                return response.status, json.loads(response.read() or b"null")
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read() or b"null")
+
+    def stop(self) -> None:
+        """End the server and everything it started."""
+        if self.process.poll() is None:
+            self._signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
