@@ -63,7 +63,7 @@ class ControlApi:
                 return await self._routes(client, reset=False)
             case "DELETE", "/routes":
                 return await self._routes(client, reset=True)
-        return 404, error_body("not_found", f"no {call[0]} {scope['path']}; there are GET status, GET routes, DELETE routes")
+        return 404, error_body("not_found", f"no {scope['method']} {scope['path']}; there are GET status, GET routes, DELETE routes")
 
     async def _status(self, client: Any) -> dict[str, Any]:
         workers = await client.collective_rpc("softprune_status")
