@@ -61,10 +61,10 @@ UNPROVEN_MODES = (
     Mode("--model-impl", "model_config.model_impl", lambda v: v in ("auto", "vllm")),
 )
 
-PROVEN_BACKENDS = {"CPU": "CPU"}
-"""MoE backends by vLLM's own name for the one it chose, and what proves them."""
+PROVEN_BACKENDS = {"unquantized/CPU": "tests/engines"}
+"""MoE backends, as `routers.backend_of` names the one that vLLM chose, and what proves them."""
 
-POWER_OF_TWO_TOP_K = ("TRITON", "TRITON_UNFUSED")
+POWER_OF_TWO_TOP_K = ("mxfp4/TRITON", "mxfp4/TRITON_UNFUSED")
 """MXFP4 backends whose routing kernel takes a top_k that is a power of two only."""
 
 
@@ -89,7 +89,7 @@ def check_backend(backend: str, top_k: int) -> None:
     """Refuse an MoE backend that masks are not proven with, or a top_k that its kernel cannot take.
 
     Args:
-        backend: vLLM's name for the backend in use.
+        backend: the one in use, as `routers.backend_of` names it.
         top_k: experts per token.
 
     Raises:

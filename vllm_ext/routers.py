@@ -161,14 +161,14 @@ def _forward(gate: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def backend_of(runner: Any) -> str:
-    """vLLM's name for the MoE backend that a layer uses.
+    """The MoE backend that a layer uses: how its experts are stored, and vLLM's name, e.g. "mxfp4/TRITON".
 
     Raises:
         SeamError: the layer does not say.
     """
     method = seams.attribute(runner, "routed_experts.quant_method", seams.MOE_RUNNER.name)
     method = getattr(method, "old_quant_method", method)
-    for name in ("mxfp4_backend", "unquantized_backend"):
-        if hasattr(method, name):
-            return str(getattr(method, name).name)
+    for stored in ("mxfp4", "unquantized"):
+        if hasattr(method, f"{stored}_backend"):
+            return f"{stored}/{getattr(method, f'{stored}_backend').name}"
     return type(method).__name__

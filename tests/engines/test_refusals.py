@@ -195,8 +195,8 @@ def test_server_refuses_to_start(starts: dict[str, str], name: str) -> None:
 
 def test_backends_and_their_top_k() -> None:
     """vLLM's triton_kernels routing takes a top_k that is a power of two; unproven backends are refused by name."""
-    with pytest.raises(Exception, match="MoE backend FLASHINFER_TRTLLM_MXFP4_BF16 is not proven"):
-        proven.check_backend("FLASHINFER_TRTLLM_MXFP4_BF16", 4)
+    with pytest.raises(Exception, match="MoE backend mxfp4/FLASHINFER_TRTLLM_MXFP4_BF16 is not proven"):
+        proven.check_backend("mxfp4/FLASHINFER_TRTLLM_MXFP4_BF16", 4)
     for backend in proven.PROVEN_BACKENDS:
         proven.check_backend(backend, 4)
         if backend in proven.POWER_OF_TWO_TOP_K:

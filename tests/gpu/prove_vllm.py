@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from softprune import mask as mask_file
 from softprune.checkpoint.families import read_config, spec_of
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.checkpoint.synth import synth_checkpoint
@@ -26,7 +27,7 @@ from tests.slicing import slice_checkpoint
 PROMPTS = random_prompts(16, 128, seed=31)
 MANY = random_prompts(12, 1000, seed=32)
 MAX_TOKENS = 16
-TRIAL = "TRITON,MARLIN,TRITON_UNFUSED"
+TRIAL = "mxfp4/TRITON,mxfp4/MARLIN,mxfp4/TRITON_UNFUSED,unquantized/TRITON,unquantized/FLASHINFER_CUTLASS,unquantized/FLASHINFER_TRTLLM"
 ARGS = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 4 << 30, "max_num_seqs": 32}
 
 
@@ -42,6 +43,9 @@ def prepare(work: Path) -> dict[str, str]:
         "top2": random_mask(base, 20, seed=3, top_k=2),
         "all": build(spec, [None] * spec.num_layers, fingerprint, {}, "keep all"),
     }
+    if not (work / "qwen").exists():
+        synth_checkpoint("qwen3-moe-tiny", work / "qwen", seed=0)
+    masks["qwen"] = random_mask(work / "qwen", 9, seed=4)
     if not (work / "sliced").exists():
         slice_checkpoint(base, masks["keep24"], work / "sliced")
     return {name: saved(mask, work / f"{name}.json") for name, mask in masks.items()}
@@ -60,12 +64,24 @@ def jobs(work: Path, masks: dict[str, str]) -> list[dict[str, Any]]:
         }  # fmt: skip
 
     graphs = {"enforce_eager": False}
+    qwen = {"model": "qwen"}
     every = [
+        job("masked", "keep24"),
+        job("sliced", model="sliced"),
+        job("graphs masked", "keep24", **graphs),
+        job("graphs plain", **graphs),
+        job("graphs plain again", **graphs),
+        job("graphs all", "all", **graphs),
+        job("graphs top2", "top2", **graphs),
+        job("qwen routes", "qwen", MANY, probe=True, **qwen),
+        job("qwen routes unmasked", None, MANY, probe=True, **qwen),
+        job("qwen masked", "qwen", **qwen),
+        job("qwen graphs masked", "qwen", **qwen, **graphs),
+        job("qwen graphs plain", **qwen, **graphs),
+        job("unfused routes", "keep24", MANY, probe=True, moe_backend="triton_unfused"),
         job("plain"),
         job("plain again"),
         job("all", "all"),
-        job("masked", "keep24"),
-        job("sliced", model="sliced"),
         job("routes", "keep24", MANY, probe=True),
         job("routes unmasked", None, MANY, probe=True),
         job("routes uneven", "uneven", MANY, probe=True),
@@ -73,11 +89,6 @@ def jobs(work: Path, masks: dict[str, str]) -> list[dict[str, Any]]:
         job("marlin routes", "keep24", MANY, probe=True, moe_backend="marlin"),
         job("marlin plain", moe_backend="marlin"),
         job("marlin all", "all", moe_backend="marlin"),
-        job("graphs plain", **graphs),
-        job("graphs all", "all", **graphs),
-        job("graphs masked", "keep24", **graphs),
-        job("graphs top2", "top2", **graphs),
-        job("unfused routes", "keep24", MANY, probe=True, moe_backend="triton_unfused"),
     ]
     done = work / "results.json"
     finished = {run["name"] for run in json.loads(done.read_text()) if "error" not in run} if done.exists() else set()
@@ -98,11 +109,11 @@ def routes(result: dict[str, Any], mask_path: str, top_k: int) -> dict[str, Any]
     """Selections of kept and pruned experts, and what their sum should be."""
     if "error" in result:
         return {"error": result["error"]}
-    keep = [range(32) if row is None else row for row in json.loads(Path(mask_path).read_text())["keep"]]
+    mask = mask_file.load(mask_path)
     counts, tokens = result["routes"][0]["counts"], sum(len(prompt) + MAX_TOKENS - 1 for prompt in MANY)
-    pruned = [counts[layer][i] for layer, row in enumerate(keep) for i in range(32) if i not in set(row)]
+    pruned = [counts[layer][i] for layer in range(mask.model.num_layers) for i in mask.pruned(layer)]
     return {
-        "tokens": tokens, "selections": sum(map(sum, counts)), "expected": tokens * top_k * len(keep), "pruned": sum(pruned),
+        "tokens": tokens, "selections": sum(map(sum, counts)), "expected": tokens * top_k * mask.model.num_layers, "pruned": sum(pruned),
         "pruned_experts_selected_share": sum(count > 0 for count in pruned) / max(1, len(pruned)),
         "moe_backend": result["status"][0]["moe_backend"],
     }  # fmt: skip
@@ -138,7 +149,7 @@ def evaluate(work: Path, masks: dict[str, str], out: Path, versions: dict[str, s
             f"{a} / {b}": difference(get(a), get(b))
             for a, b in [
                 ("plain", "plain again"), ("plain", "all"), ("masked", "sliced"), ("marlin plain", "marlin all"),
-                ("graphs plain", "graphs all"), ("graphs masked", "masked"), ("graphs masked", "graphs plain"), ("graphs plain", "plain"),
+                ("graphs plain", "graphs plain again"), ("graphs plain", "graphs all"), ("graphs masked", "masked"), ("graphs masked", "graphs plain"), ("graphs plain", "plain"), ("qwen masked", "qwen graphs masked"), ("qwen graphs plain", "qwen graphs masked"),
             ]
         },
         "routes": {
@@ -148,6 +159,8 @@ def evaluate(work: Path, masks: dict[str, str], out: Path, versions: dict[str, s
             "keep20 top2": routes(get("routes top2"), masks["top2"], 2),
             "keep24 marlin": routes(get("marlin routes"), masks["keep24"], 4),
             "keep24 triton_unfused": routes(get("unfused routes"), masks["keep24"], 4),
+            "qwen3-moe keep9": routes(get("qwen routes"), masks["qwen"], 4),
+            "qwen3-moe unmasked, experts that keep9 prunes": routes(get("qwen routes unmasked"), masks["qwen"], 4),
         },
     }  # fmt: skip
     out.write_text(json.dumps(report, indent=1) + "\n")
