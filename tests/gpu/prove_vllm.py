@@ -8,7 +8,9 @@ random checkpoint (`WORK_DIR/base`) and the one sliced to the kept experts (`WOR
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -28,6 +30,13 @@ PROMPTS = random_prompts(16, 128, seed=31)
 MANY = random_prompts(12, 1000, seed=32)
 MAX_TOKENS = 16
 TRIAL = "mxfp4/TRITON,mxfp4/MARLIN,mxfp4/TRITON_UNFUSED,unquantized/TRITON,unquantized/FLASHINFER_CUTLASS,unquantized/FLASHINFER_TRTLLM"
+PAIRS = (
+    ("plain", "plain again"), ("plain", "all"), ("masked", "sliced"), ("marlin plain", "marlin all"),
+    ("graphs plain", "graphs plain again"), ("graphs plain", "graphs all"), ("graphs masked", "masked"),
+    ("graphs masked", "graphs plain"), ("graphs plain", "plain"),
+    ("qwen masked", "qwen graphs masked"), ("qwen graphs plain", "qwen graphs masked"),
+)  # fmt: skip
+"""Runs whose log-probabilities are compared."""
 ARGS = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 4 << 30, "max_num_seqs": 32}
 
 
@@ -120,8 +129,6 @@ def routes(result: dict[str, Any], mask_path: str, top_k: int) -> dict[str, Any]
 
 
 def main(work: Path, out: Path) -> None:
-    import os
-
     import torch
     import vllm
 
@@ -129,12 +136,13 @@ def main(work: Path, out: Path) -> None:
     masks = prepare(work)
     print(f"prepared in {time.time() - start:.0f} s", flush=True)
     (work / "jobs.json").write_text(json.dumps(jobs(work, masks)))
-    with open(work / "log.txt", "wb") as log:
-        subprocess.run(
-            [sys.executable, str(HERE / "offline.py"), "jobs.json", "results.json"], cwd=work, stdout=log, stderr=subprocess.STDOUT,
-            env={**os.environ, **BASE_ENV, "PYTHONPATH": f"{HERE / 'plugins'}:{os.environ.get('PYTHONPATH', '')}",
-                 "SOFTPRUNE_TEST_PROVEN": TRIAL}, timeout=float(os.environ.get("PROVE_TIMEOUT", 560)) - (time.time() - start), check=False,
-        )  # fmt: skip
+    environment = {
+        **os.environ, **BASE_ENV, "PYTHONPATH": f"{HERE / 'plugins'}:{os.environ.get('PYTHONPATH', '')}", "SOFTPRUNE_TEST_PROVEN": TRIAL,
+    }  # fmt: skip
+    left = float(os.environ.get("PROVE_TIMEOUT", 560)) - (time.time() - start)
+    with open(work / "log.txt", "wb") as log, contextlib.suppress(subprocess.TimeoutExpired):
+        command = [sys.executable, str(HERE / "offline.py"), "jobs.json", "results.json"]
+        subprocess.run(command, cwd=work, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=left, check=False)
     evaluate(work, masks, out, {"vllm": vllm.__version__, "torch": torch.__version__, "gpu": torch.cuda.get_device_name()})
 
 
@@ -147,10 +155,7 @@ def evaluate(work: Path, masks: dict[str, str], out: Path, versions: dict[str, s
         "boot_s": {name: run.get("boot_s", run.get("error")) for name, run in runs.items()},
         "logprobs": {
             f"{a} / {b}": difference(get(a), get(b))
-            for a, b in [
-                ("plain", "plain again"), ("plain", "all"), ("masked", "sliced"), ("marlin plain", "marlin all"),
-                ("graphs plain", "graphs plain again"), ("graphs plain", "graphs all"), ("graphs masked", "masked"), ("graphs masked", "graphs plain"), ("graphs plain", "plain"), ("qwen masked", "qwen graphs masked"), ("qwen graphs plain", "qwen graphs masked"),
-            ]
+            for a, b in PAIRS
         },
         "routes": {
             "keep24": routes(get("routes"), masks["keep24"], 4),
