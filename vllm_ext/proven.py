@@ -61,7 +61,14 @@ UNPROVEN_MODES = (
     Mode("--model-impl", "model_config.model_impl", lambda v: v in ("auto", "vllm")),
 )
 
-PROVEN_BACKENDS = {"unquantized/CPU": "tests/engines"}
+_ON_GPU = "bench/results/vllm_gpu.json"
+PROVEN_BACKENDS = {
+    "unquantized/CPU": "tests/engines",
+    "unquantized/TRITON": _ON_GPU,
+    "mxfp4/TRITON": _ON_GPU,
+    "mxfp4/TRITON_UNFUSED": _ON_GPU,
+    "mxfp4/MARLIN": _ON_GPU,
+}
 """MoE backends, as `routers.backend_of` names the one that vLLM chose, and what proves them."""
 
 POWER_OF_TWO_TOP_K = ("mxfp4/TRITON", "mxfp4/TRITON_UNFUSED")
