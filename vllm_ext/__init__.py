@@ -10,6 +10,6 @@
 | `routes` | the control API on the engine's own HTTP port |
 """
 
-from softprune.vllm_ext.flags import register
+from softprune.vllm_ext.flags import llm_args, register
 
-__all__ = ["register"]
+__all__ = ["llm_args", "register"]

@@ -117,6 +117,21 @@ def register() -> None:
     EngineArgs.create_engine_config = configure
 
 
+def llm_args(
+    expert_mask: str | None = None, expert_top_k: int | None = None, expert_mask_force: bool = False, debug_routes: bool = False
+) -> dict[str, Any]:
+    """Arguments for `vllm.LLM`: `LLM(model, **llm_args(expert_mask="keep24.json"))`.
+
+    The same as `additional_config={"softprune": {…}}`, and safer: it puts softprune in place itself, so that
+    a VLLM_PLUGINS that leaves softprune out cannot make the mask go unnoticed.
+    """
+    register()
+    given = {
+        "expert_mask": expert_mask, "expert_top_k": expert_top_k, "expert_mask_force": expert_mask_force, "debug_routes": debug_routes,
+    }  # fmt: skip
+    return {"additional_config": {CONFIG_KEY: {field: value for field, value in given.items() if value is not None and value is not False}}}
+
+
 def _refuse_engine_config(error: SeamError) -> None:
     """With the plugin out of order, `LLM(additional_config=…)` must not run unmasked."""
     from vllm.engine.arg_utils import EngineArgs
@@ -162,7 +177,7 @@ class _KeyFlag(argparse.Action):
 
 
 def _add_flags(parser: Any) -> None:
-    group = parser.add_argument_group("softprune", "Prune experts while serving (https://pypi.org/project/softprune).")
+    group = parser.add_argument_group("softprune", "Prune experts while serving.")
     group.add_argument(
         "--expert-mask", action=_Flag, metavar="FILE",
         help="Expert mask (softprune mask new): pruned experts are never routed to.",

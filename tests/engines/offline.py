@@ -2,7 +2,7 @@
 
     python offline.py JOBS.json OUT.json
 
-A job is {"name", "model", "softprune" (additional_config, or null), "prompts" (lists of token ids),
+A job is {"name", "model", "softprune" (additional_config, or null) or "llm_args", "prompts" (lists of token ids),
 "max_tokens", "args" (for LLM), "rpc" (calls to workers before the prompts)}. Prompts run one at a time.
 A job that fails leaves {"name", "error"}.
 """
@@ -26,6 +26,10 @@ def run(job):
     args |= {"distributed_executor_backend": "uni", "max_num_batched_tokens": 2048, **job.get("args", {})}
     if job.get("softprune") is not None:
         args["additional_config"] = {"softprune": job["softprune"]}
+    if job.get("llm_args") is not None:
+        from softprune.vllm_ext import llm_args
+
+        args |= llm_args(**job["llm_args"])
     start = time.time()
     llm = LLM(model=job["model"], skip_tokenizer_init=True, **args)
     boot_s = time.time() - start
@@ -35,7 +39,8 @@ def run(job):
             call["error"] = None
         except Exception as error:
             call["error"] = repr(error)
-    debug = bool((job.get("softprune") or {}).get("debug_routes"))
+    asked = job.get("softprune") or job.get("llm_args") or {}
+    debug = bool(asked.get("debug_routes"))
     if debug:
         llm.collective_rpc("softprune_routes", kwargs={"reset": True})
     params = SamplingParams(max_tokens=job["max_tokens"], temperature=0, prompt_logprobs=0, logprobs=0, detokenize=False, ignore_eos=True)
@@ -49,7 +54,7 @@ def run(job):
     result = {"name": job["name"], "tokens": tokens, "logprobs": logprobs, "boot_s": boot_s, "rpc": job.get("rpc", [])}
     if debug:
         result["routes"] = llm.collective_rpc("softprune_routes")
-    if job.get("softprune") is not None:
+    if asked:
         result["status"] = llm.collective_rpc("softprune_status")
     llm.llm_engine.engine_core.shutdown()
     return result

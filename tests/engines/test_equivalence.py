@@ -172,6 +172,13 @@ def test_keep_all_equals_vllm_without_softprune(stock: Any, models: Any, tmp_pat
     assert stock[f"{name} all"]["logprobs"] == plain["logprobs"]
 
 
+def test_llm_args_masks_even_where_the_plugin_is_not_allowed(models: Any, masks: Any, tmp_path: Path) -> None:
+    mask, path = masks["gpt-oss"]
+    jobs = [job("masked", models["gpt-oss"], llm_args={"expert_mask": path, "debug_routes": True})]
+    result = run_offline(jobs, tmp_path, {"VLLM_PLUGINS": "none"})["masked"]
+    check_routes(result, mask, sum(len(prompt) + MAX_TOKENS - 1 for prompt in PROMPTS))
+
+
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
 def test_mask_follows_a_weight_reload(stable: Any, masks: Any, name: str) -> None:
     reloaded = stable[f"{name} reloaded"]

@@ -160,7 +160,10 @@ STARTS: dict[str, tuple[dict[str, str], str]] = {
     **{f"seam {seam.name}": (sabotage(seam), f"seam '{seam.name}' does not hold in vLLM ") for seam in seams.FRONT_END + seams.WORKER},
     "plugin raises": ({"SOFTPRUNE_TEST_RAISE": "1"}, "planted: softprune's plugin raises"),
     "plugin missing in the front end": ({"SOFTPRUNE_TEST_BREAK": "main"}, "unrecognized arguments: --expert-mask"),
-    "plugin missing in the workers": ({"SOFTPRUNE_TEST_BREAK": "child"}, "Can't pickle <class 'softprune.vllm_ext.flags.AdditionalConfig'>"),
+    "plugin missing in the workers": (
+        {"SOFTPRUNE_TEST_BREAK": "child"},
+        "Can't pickle <class 'softprune.vllm_ext.flags.AdditionalConfig'>",
+    ),
     "plugin not allowed": ({"VLLM_PLUGINS": "aaa_softprune_test"}, "unrecognized arguments: --expert-mask"),
     "mask vanishes": ({"SOFTPRUNE_TEST_VANISH": "MASK"}, "found No such file or directory; expected a readable mask file"),
 }
