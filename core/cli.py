@@ -126,7 +126,7 @@ def mask_check(
 
 @mask_app.command("convert")
 def mask_convert(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A mask or ranking in another form; see below.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A mask or ranking in another form.")],
     model: Model,
     out: Out,
     keep_n: Annotated[int | None, typer.Option(help="Experts to keep a layer; for rankings.")] = None,
@@ -177,18 +177,20 @@ def checkpoint_info(model: Annotated[Path, typer.Argument(metavar="DIR", help="C
     source = str(model / "config.json")
     family, spec, index = family_of(config, source), spec_of(config, source), TensorIndex(model)
     present = [layer for layer in spec.moe_layers if family.router_weight.format(layer=layer) in index]
-    table = Table(show_header=False, box=None)
-    table.add_row("family", family.name)
-    table.add_row("architecture", spec.architecture)
-    table.add_row(
-        "MoE layers", f"{spec.num_layers}" + ("" if len(present) == spec.num_layers else f", a part: {_ids(set(present))} present")
-    )
-    table.add_row("experts", f"{spec.num_experts}, top_k {spec.top_k}")
-    table.add_row("tensors", f"{len(index.tensors)} in {len({i.shard for i in index.tensors.values()})} shards, {_size(index.num_bytes)}")
+    part = "" if len(present) == spec.num_layers else f", a part: {_ids(set(present))} present"
+    shards = {info.shard for info in index.tensors.values()}
     experts = sum(info.num_bytes for name, info in index.tensors.items() if ".experts." in name)
-    table.add_row("experts' share", f"{_size(experts)}, {experts / index.num_bytes:.1%}")
-    table.add_row("fingerprint", fingerprint_of_checkpoint(model) if len(present) == spec.num_layers else "none, layers are missing")
-    console.print(table)
+    rows = {
+        "family": family.name,
+        "architecture": spec.architecture,
+        "MoE layers": f"{spec.num_layers}{part}",
+        "experts": f"{spec.num_experts}, top_k {spec.top_k}",
+        "tensors": f"{len(index.tensors)} in {len(shards)} shards, {_size(index.num_bytes)}",
+        "experts' share": f"{_size(experts)}, {experts / index.num_bytes:.1%}",
+        "fingerprint": "none, layers are missing" if part else fingerprint_of_checkpoint(model),
+    }
+    for name, value in rows.items():
+        console.print(f"{name:<15} {value}", soft_wrap=True)
 
 
 class Storage(str, Enum):

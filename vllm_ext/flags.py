@@ -205,6 +205,7 @@ def _into_additional_config(engine_args: Any, args: argparse.Namespace) -> None:
     given = {field: value for field, value in given.items() if value is not None and value is not False}
     if not given:
         return
+    proven.check_front_end(args)
     config = dict(engine_args.additional_config or {})
     if CONFIG_KEY in config:
         raise RefusedError(f"--additional-config already has {CONFIG_KEY!r}; expected either it or softprune's own flags")

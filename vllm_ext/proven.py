@@ -5,6 +5,7 @@ The README's table is this file in prose; the evidence is in tests/engines and b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,25 @@ def check_modes(vllm_config: Any) -> None:
                 f"{mode.flag} ({shown}) is not proven together with an expert mask in {seams.engine()}; "
                 "softprune refuses to start. Leave it out, or leave the softprune flags out."
             )
+
+
+def check_front_end(args: Any) -> None:
+    """Refuse front ends that do not run the control API, and with it the check at start-up.
+
+    Args:
+        args: the parsed command line.
+
+    Raises:
+        RefusedError: names the flag or the environment variable.
+    """
+    asked = {
+        "--grpc": getattr(args, "grpc", False),
+        "--headless": getattr(args, "headless", False),
+        "VLLM_USE_RUST_FRONTEND": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"),
+    }
+    for name, is_on in asked.items():
+        if is_on:
+            raise RefusedError(f"{name} is not proven together with an expert mask in {seams.engine()}; softprune refuses to start")
 
 
 def check_backend(backend: str, top_k: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from softprune.checkpoint.families import read_config, spec_of
+from softprune.checkpoint.synth import synth_checkpoint
 from softprune.mask import ExpertMask
 from softprune.mask_forms import build
 from tests.conftest import Evidence, random_mask, random_prompts, saved
@@ -47,6 +48,10 @@ def masks(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return {name: (mask, saved(mask, folder / f"{name}.json")) for name, mask in made.items()}
 
 
+REFUSED_CALLS = ("sleep", "wake_up", "start_weight_update", "update_weights", "finish_weight_update", "save_sharded_state", "add_lora")
+"""Calls to vLLM's workers that would undo or copy the mask."""
+
+
 @pytest.fixture(scope="module")
 def stable(models: dict[str, Path], masks: dict[str, tuple[ExpertMask, str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Runs with a stable, id-ordered top-k in vLLM's CPU router, installed on both sides."""
@@ -58,6 +63,10 @@ def stable(models: dict[str, Path], masks: dict[str, tuple[ExpertMask, str]], tm
         jobs.append(job(f"{name} masked", models[name], {"expert_mask": path}))
         jobs.append(job(f"{name} sliced", folder / name))
         jobs.append(job(f"{name} reloaded", models[name], {"expert_mask": path, "debug_routes": True}, rpc=[{"method": "reload_weights"}]))
+    synth_checkpoint("tiny", folder / "other", seed=99)
+    refused = [{"method": method} for method in REFUSED_CALLS]
+    refused += [{"method": "reload_weights", "kwargs": {"weights_path": str(path)}} for path in (folder / "other", folder / "missing")]
+    jobs.append(job("refused calls", models["gpt-oss"], {"expert_mask": masks["gpt-oss"][1]}, rpc=refused))
     mask, path = masks["gpt-oss-top2"]
     slice_checkpoint(models["gpt-oss"], mask, folder / "top2")
     jobs.append(job("top2 masked", models["gpt-oss"], {"expert_mask": path, "debug_routes": True}))
@@ -187,6 +196,16 @@ def test_mask_follows_a_weight_reload(stable: Any, masks: Any, name: str) -> Non
     if name == "gpt-oss":
         # Not for Qwen3-MoE: on CPUs, vLLM 0.32.0's own reload changes its outputs, without softprune too.
         assert reloaded["logprobs"] == stable[f"{name} masked"]["logprobs"]
+
+
+def test_what_would_undo_the_mask_is_refused_and_nothing_changes(stable: Any) -> None:
+    *calls, other, missing = stable["refused calls"]["rpc"]
+    assert [call["method"] for call in calls] == list(REFUSED_CALLS)
+    for call in calls:
+        assert f"{call['method']} is refused while softprune masks" in call["error"]
+    assert "model.fingerprint: found" in other["error"]
+    assert "expected a checkpoint folder" in missing["error"]
+    assert stable["refused calls"]["logprobs"] == stable["gpt-oss masked"]["logprobs"]
 
 
 def test_compiled_model_obeys_the_mask(models: Any, masks: Any, tmp_path: Path, evidence: Evidence) -> None:

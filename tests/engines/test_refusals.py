@@ -9,12 +9,14 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from softprune.errors import RefusedError
 from softprune.vllm_ext import proven, seams
 from tests.conftest import random_mask, saved
 from tests.engines.harness import BASE_ENV, HERE, SERVER_ARGS, VllmServer
@@ -84,6 +86,7 @@ def configured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         "worker class": [*mask(good), "--worker-cls", "some.Worker"],
         "load format": [*mask(good), "--load-format", "dummy"],
         "model impl": [*mask(good), "--model-impl", "transformers"],
+        "headless": [*mask(good), "--headless"],
     }
     (folder / "cases.json").write_text(json.dumps({"cases": cases, "modes": server}))
     run = subprocess.run(
@@ -135,6 +138,7 @@ REFUSED = {
     "worker class": "--worker-cls (some.Worker) is not proven",
     "load format": "--load-format (dummy) is not proven",
     "model impl": "--model-impl (transformers) is not proven",
+    "headless": "--headless is not proven",
 }
 
 
@@ -196,12 +200,21 @@ def test_server_refuses_to_start(starts: dict[str, str], name: str) -> None:
     assert STARTS[name][1] in starts[name], starts[name][-3000:]
 
 
+def test_other_front_ends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    proven.check_front_end(Namespace())
+    with pytest.raises(RefusedError, match="--grpc is not proven"):
+        proven.check_front_end(Namespace(grpc=True))
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(RefusedError, match="VLLM_USE_RUST_FRONTEND is not proven"):
+        proven.check_front_end(Namespace())
+
+
 def test_backends_and_their_top_k() -> None:
     """vLLM's triton_kernels routing takes a top_k that is a power of two; unproven backends are refused by name."""
-    with pytest.raises(Exception, match="MoE backend mxfp4/FLASHINFER_TRTLLM_MXFP4_BF16 is not proven"):
+    with pytest.raises(RefusedError, match="MoE backend mxfp4/FLASHINFER_TRTLLM_MXFP4_BF16 is not proven"):
         proven.check_backend("mxfp4/FLASHINFER_TRTLLM_MXFP4_BF16", 4)
     for backend in proven.PROVEN_BACKENDS:
         proven.check_backend(backend, 4)
         if backend in proven.POWER_OF_TWO_TOP_K:
-            with pytest.raises(Exception, match="top_k 3: MoE backend .* takes powers of two only"):
+            with pytest.raises(RefusedError, match="top_k 3: MoE backend .* takes powers of two only"):
                 proven.check_backend(backend, 3)
