@@ -162,10 +162,10 @@ class _Flag(argparse.Action):
             seams.check(seams.FRONT_END)
         except SeamError as error:
             parser.error(f"{option_string}: {error}")
-        if not hasattr(namespace, "middleware"):
-            parser.error(f"{option_string}: {SeamError('cli.middleware', seams.engine(), 'there is no --middleware flag')}")
-        if MIDDLEWARE not in namespace.middleware:
-            namespace.middleware = [*namespace.middleware, MIDDLEWARE]
+        if hasattr(namespace, "port"):  # a server, and not one of vLLM's offline commands
+            if not hasattr(namespace, "middleware"):
+                parser.error(f"{option_string}: {SeamError('cli.middleware', seams.engine(), 'there is no --middleware flag')}")
+            namespace.middleware = [*(name for name in namespace.middleware if name != MIDDLEWARE), MIDDLEWARE]
         setattr(namespace, self.dest, True if self.is_switch else values)
 
 

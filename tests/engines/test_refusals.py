@@ -98,7 +98,8 @@ def configured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize(
-    ("case", "top_k"), [("good", 4), ("top-k only", 2), ("forced", 4), ("equal top_k list", 2), ("additional config", 4)]
+    ("case", "top_k"),
+    [("good", 4), ("top-k only", 2), ("forced", 4), ("equal top_k list", 2), ("additional config", 4), ("offline command", 4)],
 )
 def test_accepted(configured: Any, case: str, top_k: int) -> None:
     outcome = configured["cases"][case]
