@@ -21,27 +21,21 @@ from softprune.mask import ExpertMask
 
 
 class LaunchRequest(BaseModel):
-    """Flags of one server. Plain JSON, so that it travels in an engine's own configuration.
+    """What a user asks of one server. Plain JSON, as it stands in flags and in an engine's own configuration.
 
     Attributes:
-        expert_mask: absolute path of the mask file, or None for no mask.
-        expert_top_k: experts per token asked for on the command line, or None.
+        expert_mask: path of the mask file, or None for no mask.
+        expert_top_k: experts per token, or None for the mask's, else the model's own.
         expert_mask_force: use a mask made for other weights.
         debug_routes: count what the routers select.
-        mask_hash: hash of the mask as checked in the front end; set by `resolve`.
-        top_k: experts per token that the engine is to run with; set by `resolve`.
-        model_top_k: the model's own; set by `resolve`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     expert_mask: str | None = None
     expert_top_k: int | None = None
     expert_mask_force: bool = False
     debug_routes: bool = False
-    mask_hash: str | None = None
-    top_k: int | None = None
-    model_top_k: int | None = None
 
     @classmethod
     def parse(cls, data: Any, source: str) -> LaunchRequest:
@@ -57,8 +51,8 @@ class LaunchRequest(BaseModel):
             field = ".".join(str(part) for part in first["loc"])
             raise RefusedError(f"{source}: {field}: found {first['input']!r}; expected {first['msg']}") from None
 
-    def resolve(self, config: Mapping[str, Any], model: str) -> LaunchRequest:
-        """Check the request against a model's config.json and fill in what follows from it.
+    def resolve(self, config: Mapping[str, Any], model: str) -> Launch:
+        """Check the request against a model's config.json and add what follows from it.
 
         Args:
             config: the model's own config, before any override.
@@ -69,35 +63,21 @@ class LaunchRequest(BaseModel):
             RefusedError: `expert_top_k` is out of range or contradicts the mask's.
         """
         spec = spec_of(config, f"{model}/config.json")
-        mask = self.read_mask(spec)
+        mask = None
         if self.expert_mask is not None:
-            assert mask is not None
+            mask = mask_file.load(self.expert_mask)
+            mask.check_model(spec, self.expert_mask)
             if Path(model).is_dir():
                 mask.check_fingerprint(fingerprint_of_checkpoint(model), self.expert_mask, self.expert_mask_force)
-        return self.model_copy(
-            update={
-                "expert_mask": None if self.expert_mask is None else str(Path(self.expert_mask).absolute()),
-                "mask_hash": mask.hash if mask else None,
-                "top_k": self._top_k(mask, spec),
-                "model_top_k": spec.top_k,
-            }
+        return Launch(
+            expert_mask=None if self.expert_mask is None else str(Path(self.expert_mask).absolute()),
+            expert_top_k=self.expert_top_k,
+            expert_mask_force=self.expert_mask_force,
+            debug_routes=self.debug_routes,
+            mask_hash=mask.hash if mask else None,
+            top_k=self._top_k(mask, spec),
+            model_top_k=spec.top_k,
         )
-
-    def read_mask(self, spec: ModelSpec) -> ExpertMask | None:
-        """Read the mask file and check it against a model's shape.
-
-        Raises:
-            MaskError: the file is gone, broken, for another model, or not the one that `resolve` saw.
-        """
-        if self.expert_mask is None:
-            return None
-        mask = mask_file.load(self.expert_mask)
-        mask.check_model(spec, self.expert_mask)
-        if self.mask_hash is not None and mask.hash != self.mask_hash:
-            raise MaskError(
-                self.expert_mask, "", f"another mask ({mask.hash[:19]}…) than at the start", f"{self.mask_hash[:19]}…, unchanged"
-            )
-        return mask
 
     def _top_k(self, mask: ExpertMask | None, spec: ModelSpec) -> int:
         flag, asked = self.expert_top_k, mask.top_k if mask else None
@@ -112,3 +92,32 @@ class LaunchRequest(BaseModel):
         if flag is not None and asked is not None and flag != asked:
             raise RefusedError(f"--expert-top-k: found {flag}; expected {asked}, as the mask {self.expert_mask} says, or no flag")
         return flag or asked or spec.top_k
+
+
+class Launch(LaunchRequest):
+    """A request that has been checked in the front end, as it travels to the worker processes.
+
+    Attributes:
+        mask_hash: hash of the mask that was checked, or None.
+        top_k: experts per token that the engine is to run with.
+        model_top_k: the model's own.
+    """
+
+    mask_hash: str | None
+    top_k: int
+    model_top_k: int
+
+    def read_mask(self, spec: ModelSpec) -> ExpertMask | None:
+        """Read the mask file again, in a worker.
+
+        Raises:
+            MaskError: the file is gone, broken, for another model, or not the one that was checked.
+        """
+        if self.expert_mask is None:
+            return None
+        mask = mask_file.load(self.expert_mask)
+        mask.check_model(spec, self.expert_mask)
+        if mask.hash != self.mask_hash:
+            found, expected = f"another mask ({mask.hash[:19]}…) than at the start", f"{str(self.mask_hash)[:19]}…, unchanged"
+            raise MaskError(self.expert_mask, "", found, expected)
+        return mask

@@ -249,8 +249,8 @@ def decode_json(data: bytes, source: str) -> Any:
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         decoded = dict(pairs)
         if len(decoded) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise MaskError(source, twice, "this key twice in one object", "it once")
         return decoded
 

@@ -67,6 +67,8 @@ def convert(
     reading = _recognise(data, source, section)
     if reading.is_ranking and keep_n is None:
         raise MaskError(source, "", f"a ranking ({reading.form})", "--keep-n N with it, to say how many experts stay in each layer")
+    if keep_n is not None and keep_n < 1:
+        raise MaskError("--keep-n", "", str(keep_n), "at least 1")
     if not reading.is_ranking and keep_n is not None:
         raise MaskError(source, "", f"kept experts ({reading.form})", "no --keep-n, which only a ranking can use")
     keep = [_ids(row, f"{source}", f"layer {i}") for i, row in enumerate(reading.rows)]
@@ -114,7 +116,7 @@ def _read(path: str | Path) -> Any:
     if len(text) > mask_file.MAX_BYTES:
         raise MaskError(source, "", "over 16 MB", "at most 16 MB")
     try:
-        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return yaml.safe_load(text)  # in pure Python: libyaml crashes on deep nesting
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise MaskError(source, "", f"no valid YAML ({str(error).splitlines()[0]})", "a scores file") from None
 
@@ -129,7 +131,7 @@ def _recognise(data: Any, source: str, section: str) -> Reading:
             return Reading("reap_scores", _reap_rows(data, source), True)
         if set(data) & set(SECTIONS.values()):
             return Reading(f"topical/{section}", _by_layer(data.get(SECTIONS[section]), source, SECTIONS[section], "layer_"), True)
-        if data and all(key.isdigit() and isinstance(value, dict) for key, value in data.items()):
+        if data and all(str(key).isdigit() and isinstance(value, dict) for key, value in data.items()):
             return Reading("expert_mapping", [_mapping_ids(row, source, i) for i, row in enumerate(_by_layer(data, source, "", ""))], False)
     raise MaskError(
         source, "", "no known form of mask",
@@ -141,6 +143,7 @@ def _by_layer(table: Any, source: str, field: str, prefix: str) -> list[Any]:
     """Values of `{prefix}0`, `{prefix}1`, … in order; every layer has to be there, and no other key."""
     if not isinstance(table, Mapping):
         raise MaskError(source, field, type(table).__name__, "an object with one entry a layer")
+    table = {str(key): value for key, value in table.items()}
     rows = []
     for layer in range(len(table)):
         key = f"{prefix}{layer}"

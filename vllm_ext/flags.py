@@ -1,7 +1,7 @@
 """softprune's command line flags in vLLM, and what they do to the engine's configuration.
 
 The way of a mask from the command line to a worker:
-`--expert-mask` -> `EngineArgs.additional_config["softprune"]` -> `VllmConfig.additional_config.request` ->
+`--expert-mask` -> `EngineArgs.additional_config["softprune"]` -> `VllmConfig.additional_config.launch` ->
 `softprune.vllm_ext.worker`, which `ParallelConfig.worker_cls` names. A worker process that cannot
 import softprune therefore cannot start, whatever became of the plugin in it.
 """
@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from softprune.checkpoint.families import read_config
 from softprune.control import KEY_ENV
 from softprune.errors import RefusedError, SeamError
-from softprune.launch import LaunchRequest
+from softprune.launch import Launch, LaunchRequest
 from softprune.vllm_ext import proven, seams
 
 logger = logging.getLogger("vllm.softprune")
@@ -43,23 +43,23 @@ MIDDLEWARE = "softprune.vllm_ext.routes.ControlApi"
 
 
 class AdditionalConfig(UserDict[str, Any]):
-    """The user's own `additional_config`, with softprune's request beside it.
+    """The user's own `additional_config`, with what softprune was asked for beside it.
 
-    vLLM hashes this object into the key of its compile cache. The request stays out of it: a mask is data in
+    vLLM hashes this object into the key of its compile cache. The mask stays out of it: it is data in
     a tensor, so all masks, and a server without softprune, run the same compiled graph. A router that is
     given a bias is another graph; `routers_changed` keeps the two apart.
     """
 
-    def __init__(self, own: Mapping[str, Any], request: LaunchRequest, routers_changed: bool) -> None:
+    def __init__(self, own: Mapping[str, Any], launch: Launch, routers_changed: bool) -> None:
         super().__init__({**own, CONFIG_KEY: "router bias added"} if routers_changed else own)
-        self.request = request
+        self.launch = launch
 
     def compute_hash(self) -> str:
         """Called by vLLM unless the object is empty."""
         return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()
 
 
-def request_of(vllm_config: Any) -> LaunchRequest:
+def launch_of(vllm_config: Any) -> Launch:
     """What softprune was asked for.
 
     Raises:
@@ -67,10 +67,9 @@ def request_of(vllm_config: Any) -> LaunchRequest:
     """
     config = seams.attribute(vllm_config, "additional_config", seams.ADDITIONAL_CONFIG.name)
     if not isinstance(config, AdditionalConfig):
-        raise SeamError(
-            seams.ADDITIONAL_CONFIG.name, seams.engine(), f"additional_config is a {type(config).__name__} without softprune's request"
-        )
-    return config.request
+        found = f"additional_config is a {type(config).__name__} without softprune's request"
+        raise SeamError(seams.ADDITIONAL_CONFIG.name, seams.engine(), found)
+    return config.launch
 
 
 def register() -> None:
@@ -106,10 +105,10 @@ def register() -> None:
 
     @functools.wraps(create_engine_config)
     def configure(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = _prepare(self)
+        launch = _prepare(self)
         vllm_config = create_engine_config(self, *args, **kwargs)
-        if request is not None:
-            _install(vllm_config, request)
+        if launch is not None:
+            _install(vllm_config, launch)
         return vllm_config
 
     EngineArgs.add_cli_args = staticmethod(add_flags)
@@ -162,10 +161,12 @@ class _Flag(argparse.Action):
             seams.check(seams.FRONT_END)
         except SeamError as error:
             parser.error(f"{option_string}: {error}")
-        if hasattr(namespace, "port"):  # a server, and not one of vLLM's offline commands
-            if not hasattr(namespace, "middleware"):
-                parser.error(f"{option_string}: {SeamError('cli.middleware', seams.engine(), 'there is no --middleware flag')}")
-            namespace.middleware = [*(name for name in namespace.middleware if name != MIDDLEWARE), MIDDLEWARE]
+        if not hasattr(namespace, "middleware"):
+            parser.error(
+                f"{option_string} is for vLLM's API server. With other commands that build an engine, "
+                f"""use --additional-config '{{"{CONFIG_KEY}": {{"expert_mask": "FILE"}}}}'"""
+            )
+        namespace.middleware = [*(name for name in namespace.middleware if name != MIDDLEWARE), MIDDLEWARE]
         setattr(namespace, self.dest, True if self.is_switch else values)
 
 
@@ -203,16 +204,16 @@ def _add_flags(parser: Any) -> None:
 def _into_additional_config(engine_args: Any, args: argparse.Namespace) -> None:
     given = {field: getattr(args, flag, None) for flag, field in FLAGS.items()}
     given = {field: value for field, value in given.items() if value is not None and value is not False}
-    if not given:
-        return
-    proven.check_front_end(args)
     config = dict(engine_args.additional_config or {})
-    if CONFIG_KEY in config:
+    if given and CONFIG_KEY in config:
         raise RefusedError(f"--additional-config already has {CONFIG_KEY!r}; expected either it or softprune's own flags")
-    engine_args.additional_config = {**config, CONFIG_KEY: given}
+    if given or CONFIG_KEY in config:
+        proven.check_front_end(args)
+    if given:
+        engine_args.additional_config = {**config, CONFIG_KEY: given}
 
 
-def _prepare(engine_args: Any) -> LaunchRequest | None:
+def _prepare(engine_args: Any) -> Launch | None:
     """Check what is asked against the model, before vLLM makes its configuration."""
     config = engine_args.additional_config
     if not isinstance(config, dict) or CONFIG_KEY not in config:
@@ -220,13 +221,12 @@ def _prepare(engine_args: Any) -> LaunchRequest | None:
     seams.check(seams.FRONT_END)
     request = LaunchRequest.parse(config[CONFIG_KEY], f"additional_config.{CONFIG_KEY}")
     model = str(engine_args.hf_config_path or engine_args.model)
-    request = request.resolve(_model_config(engine_args, model), str(engine_args.model))
-    if request.debug_routes and not engine_args.enforce_eager:
+    launch = request.resolve(_model_config(engine_args, model), str(engine_args.model))
+    if launch.debug_routes and not engine_args.enforce_eager:
         raise RefusedError("--softprune-debug-routes needs --enforce-eager: inside CUDA graphs and compiled code it would see nothing")
-    engine_args.additional_config = {**config, CONFIG_KEY: request.model_dump()}
-    if request.top_k != request.model_top_k:
-        _override_top_k(engine_args, request)
-    return request
+    if launch.top_k != launch.model_top_k:
+        _override_top_k(engine_args, launch.top_k)
+    return launch
 
 
 def _model_config(engine_args: Any, model: str) -> dict[str, Any]:
@@ -238,27 +238,27 @@ def _model_config(engine_args: Any, model: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _override_top_k(engine_args: Any, request: LaunchRequest) -> None:
+def _override_top_k(engine_args: Any, top_k: int) -> None:
     """Give K to vLLM through `hf_overrides`, so that kernels and graphs are built for it."""
     overrides = engine_args.hf_overrides or {}
     if not isinstance(overrides, dict):
         raise RefusedError("--expert-top-k together with a callable hf_overrides is not supported; set num_experts_per_tok there")
-    top_k = {"num_experts_per_tok": request.top_k, "experts_per_token": request.top_k}
-    for key, value in top_k.items():
-        if overrides.get(key, value) != value:
-            raise RefusedError(f"hf_overrides.{key}: found {overrides[key]}; expected {value}, as --expert-top-k or the mask says")
-    engine_args.hf_overrides = {**overrides, **top_k}
+    for key in ("num_experts_per_tok", "experts_per_token"):
+        if overrides.get(key, top_k) != top_k:
+            raise RefusedError(f"hf_overrides.{key}: found {overrides[key]}; expected {top_k}, as --expert-top-k or the mask says")
+        overrides = {**overrides, key: top_k}
+    engine_args.hf_overrides = overrides
 
 
-def _install(vllm_config: Any, request: LaunchRequest) -> None:
+def _install(vllm_config: Any, launch: Launch) -> None:
     """Refuse unproven modes, and put our worker class in vLLM's place."""
     from softprune.vllm_ext import routers
     from softprune.vllm_ext.worker import WORKERS
 
     own = dict(vllm_config.additional_config)
-    if own.pop(CONFIG_KEY, None) != request.model_dump():
+    if own.pop(CONFIG_KEY, None) is None:
         raise SeamError(seams.ADDITIONAL_CONFIG.name, seams.engine(), "VllmConfig did not take over EngineArgs.additional_config")
-    vllm_config.additional_config = AdditionalConfig(own, request, routers_changed=routers.adds_bias(vllm_config.model_config.hf_config))
+    vllm_config.additional_config = AdditionalConfig(own, launch, routers_changed=routers.adds_bias(vllm_config.model_config.hf_config))
     proven.check_modes(vllm_config)
     parallel = vllm_config.parallel_config
     if parallel.worker_cls not in WORKERS:

@@ -85,6 +85,20 @@ def engine() -> str:
     return f"vLLM {vllm.__version__}"
 
 
+def is_known() -> bool:
+    """Whether this version of vLLM is one of those that the seams were read in."""
+    import vllm
+
+    return vllm.__version__.split("+")[0] in KNOWN_VERSIONS
+
+
+def platform() -> str:
+    """vLLM's name for the kind of device: "cuda", "cpu", "rocm", …"""
+    from vllm.platforms import current_platform
+
+    return "rocm" if current_platform.is_rocm() else str(current_platform.device_type)
+
+
 def check(seams: tuple[Seam, ...]) -> None:
     """See that every seam of a group holds.
 

@@ -25,7 +25,7 @@ from softprune.errors import RefusedError, SeamError
 from softprune.runtime.route_probe import RouteProbe
 from softprune.runtime.router_mask import RouterMask
 from softprune.vllm_ext import proven, routers, seams
-from softprune.vllm_ext.flags import request_of
+from softprune.vllm_ext.flags import launch_of
 
 logger = logging.getLogger("vllm.softprune")
 
@@ -36,22 +36,25 @@ class ExpertMaskWorker:
     vllm_config: Any
     model_runner: Any
     _router_mask: RouterMask | None = None
+    _fingerprint: str = ""
     _probe: RouteProbe | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, mask its routers before its weights are packed, and see that they obey."""
         seams.check(seams.WORKER)
-        self._request = request_of(self.vllm_config)
+        if not seams.is_known():
+            logger.warning("softprune: %s is not among the versions it was read with: %s", seams.engine(), ", ".join(seams.KNOWN_VERSIONS))
+        self._launch = launch_of(self.vllm_config)
         self._spec = self._model_spec()
         with _before_weights_are_processed(self._mask_routers):
             super().load_model(*args, **kwargs)  # type: ignore[misc]
         mask = self._state().mask
         self._check_engine()
         self._verify()
-        if self._request.debug_routes:
+        if self._launch.debug_routes:
             self._attach_probe()
         kept = "all experts" if mask is None else mask.summary
-        logger.info("softprune: %d MoE layers, %s, top_k %s", self._spec.num_layers, kept, self._request.top_k)
+        logger.info("softprune: %d MoE layers, %s, top_k %s", self._spec.num_layers, kept, self._launch.top_k)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Reload from a checkpoint folder, and mask again before the next step.
@@ -70,8 +73,11 @@ class ExpertMaskWorker:
             raise RefusedError(f"reload_weights: found {path}; expected a checkpoint folder, whose routers can be compared with the mask's")
         state = self._state()
         mask = state.mask
-        if mask is not None:
-            mask.check_fingerprint(fingerprint_of_checkpoint(path), str(self._request.expert_mask), self._request.expert_mask_force)
+        incoming = fingerprint_of_checkpoint(path)
+        if mask is not None and incoming != self._fingerprint:
+            mask.check_fingerprint(incoming, str(self._launch.expert_mask))
+            if mask.model.fingerprint is None:
+                raise RefusedError(f"reload_weights: {path} has other routers than those loaded, and the mask names no fingerprint")
         state.remove()
         try:
             with routers.as_built(self._layers):
@@ -80,6 +86,7 @@ class ExpertMaskWorker:
             if mask is not None:
                 state.apply(mask)
             self._verify()
+            self._fingerprint = incoming
         except BaseException:
             # The routers are in no known state now. Nothing may be computed with them.
             self.execute_model = self._refuse_to_serve
@@ -90,7 +97,7 @@ class ExpertMaskWorker:
         mask = self._state().mask
         return {
             "mask": None if mask is None else {"hash": mask.hash, "num_kept": mask.num_kept},
-            "top_k": self._request.top_k,
+            "top_k": self._launch.top_k,
             "fingerprint": self._fingerprint,
             "moe_backend": self._backend,
         }
@@ -109,18 +116,18 @@ class ExpertMaskWorker:
         hf_config = self.vllm_config.model_config.hf_config
         # Attributes, not to_dict(): Transformers renames fields of config.json and maps the old names.
         config = {field: getattr(hf_config, field, None) for field in SPEC_FIELDS}
-        return spec_of({**config, "num_experts_per_tok": self._request.model_top_k}, "model config")
+        return spec_of({**config, "num_experts_per_tok": self._launch.model_top_k}, "model config")
 
     def _mask_routers(self, model: nn.Module) -> None:
         """Find the routers, compare fingerprints, remember the biases as loaded, put the mask in force."""
-        mask = self._request.read_mask(self._spec)
+        mask = self._launch.read_mask(self._spec)
         self._layers = routers.find(model, self._spec)
         loaded = [routers.weights(layer, self._spec) for layer in self._layers]
         self._fingerprint = fingerprint(self._spec, loaded)
         self._hidden, self._dtype = loaded[0][0].shape[1], loaded[0][0].dtype
         self._router_mask = RouterMask([routers.attach(layer, self._spec) for layer in self._layers])
         if mask is not None:
-            warning = mask.check_fingerprint(self._fingerprint, str(self._request.expert_mask), self._request.expert_mask_force)
+            warning = mask.check_fingerprint(self._fingerprint, str(self._launch.expert_mask), self._launch.expert_mask_force)
             if warning:
                 logger.warning("softprune: %s", warning)
             self._router_mask.apply(mask)
@@ -132,16 +139,15 @@ class ExpertMaskWorker:
 
     def _check_engine(self) -> None:
         """See that the backend is proven, and that the engine runs with the top_k that was asked for."""
-        assert self._request.top_k is not None
         backends = {routers.backend_of(layer.runner) for layer in self._layers}
         if len(backends) != 1:
             raise RefusedError(f"MoE backends: found {sorted(backends)}; expected one for all layers")
         self._backend = backends.pop()
-        proven.check_backend(self._backend, self._request.top_k)
+        platform = seams.platform()
+        proven.check_backend(platform, self._spec.architecture, self._backend, self._launch.top_k)
         for layer in self._layers:
-            top_k = seams.attribute(layer.runner, "router.top_k", seams.MOE_RUNNER.name)
-            if top_k != self._request.top_k:
-                raise RefusedError(f"{layer.name}: the engine selects {top_k} experts a token; expected {self._request.top_k}")
+            router = seams.attribute(layer.runner, "router", seams.MOE_RUNNER.name)
+            proven.check_router(layer.name, router, self._launch.top_k)
 
     def _verify(self) -> None:
         with _engine_context(self.vllm_config):
@@ -153,7 +159,7 @@ class ExpertMaskWorker:
         probe = self._probe = RouteProbe(self._spec.num_layers, self._spec.num_experts, device)
         for position, layer in enumerate(self._layers):
             if layer.runner.routed_experts.quant_method.is_monolithic:
-                layer.gate.register_forward_hook(_logits_hook(probe, position, int(self._request.top_k or 0)))
+                layer.gate.register_forward_hook(_logits_hook(probe, position, self._launch.top_k))
             else:
                 layer.runner.router.select_experts = _counting(layer.runner.router.select_experts, probe, position)
 

@@ -87,6 +87,10 @@ def configured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         "load format": [*mask(good), "--load-format", "dummy"],
         "model impl": [*mask(good), "--model-impl", "transformers"],
         "headless": [*mask(good), "--headless"],
+        "headless by configuration": [*server, "--headless", "--additional-config", json.dumps({"softprune": {"expert_mask": good}})],
+        "additional config, resolved field": [*server, "--additional-config", json.dumps({"softprune": {"top_k": 2}})],
+        "additional config, wrong type": [*server, "--additional-config", json.dumps({"softprune": {"expert_top_k": True}})],
+        "dtype": [*server, "--dtype", "float16", "--expert-mask", good],
     }
     (folder / "cases.json").write_text(json.dumps({"cases": cases, "modes": server}))
     run = subprocess.run(
@@ -99,7 +103,7 @@ def configured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize(
     ("case", "top_k"),
-    [("good", 4), ("top-k only", 2), ("forced", 4), ("equal top_k list", 2), ("additional config", 4), ("offline command", 4)],
+    [("good", 4), ("top-k only", 2), ("forced", 4), ("equal top_k list", 2), ("additional config", 4)],
 )
 def test_accepted(configured: Any, case: str, top_k: int) -> None:
     outcome = configured["cases"][case]
@@ -140,6 +144,11 @@ REFUSED = {
     "load format": "--load-format (dummy) is not proven",
     "model impl": "--model-impl (transformers) is not proven",
     "headless": "--headless is not proven",
+    "headless by configuration": "--headless is not proven",
+    "additional config, resolved field": "additional_config.softprune: top_k: found 2",
+    "additional config, wrong type": "additional_config.softprune: expert_top_k: found True",
+    "dtype": "--dtype (torch.float16) is not proven",
+    "offline command": "SystemExit 2",
 }
 
 
@@ -170,6 +179,8 @@ STARTS: dict[str, tuple[dict[str, str], str]] = {
         "Can't pickle <class 'softprune.vllm_ext.flags.AdditionalConfig'>",
     ),
     "plugin not allowed": ({"VLLM_PLUGINS": "aaa_softprune_test"}, "unrecognized arguments: --expert-mask"),
+    "routing is simulated": ({"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}, "would select experts without asking the routers"),
+    "workers serve something else": ({"SOFTPRUNE_TEST_LIE": "1"}, "worker 0: serves mask None, top_k 4; expected sha256:"),
     "mask vanishes": ({"SOFTPRUNE_TEST_VANISH": "MASK"}, "found No such file or directory; expected a readable mask file"),
 }
 
@@ -212,10 +223,26 @@ def test_other_front_ends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_backends_and_their_top_k() -> None:
     """vLLM's triton_kernels routing takes a top_k that is a power of two; unproven backends are refused by name."""
-    with pytest.raises(RefusedError, match="MoE backend mxfp4/FLASHINFER_TRTLLM_MXFP4_BF16 is not proven"):
-        proven.check_backend("mxfp4/FLASHINFER_TRTLLM_MXFP4_BF16", 4)
-    for backend in proven.PROVEN_BACKENDS:
-        proven.check_backend(backend, 4)
+    with pytest.raises(RefusedError, match="MoE backend mxfp4/FLASHINFER_TRTLLM_MXFP4_BF16 for .* on cuda is not proven"):
+        proven.check_backend("cuda", "GptOssForCausalLM", "mxfp4/FLASHINFER_TRTLLM_MXFP4_BF16", 4)
+    with pytest.raises(RefusedError, match="on rocm is not proven"):
+        proven.check_backend("rocm", "GptOssForCausalLM", "mxfp4/TRITON", 4)
+    for platform, architecture, backend in proven.PROVEN_BACKENDS:
+        proven.check_backend(platform, architecture, backend, 4)
         if backend in proven.POWER_OF_TWO_TOP_K:
             with pytest.raises(RefusedError, match="top_k 3: MoE backend .* takes powers of two only"):
-                proven.check_backend(backend, 3)
+                proven.check_backend(platform, architecture, backend, 3)
+
+
+def test_routers_that_do_not_ask_the_logits_are_refused() -> None:
+    class RoutingSimulatorRouter:
+        top_k = 4
+
+    class FusedTopKRouter:
+        top_k = 4
+
+    proven.check_router("layer 0", FusedTopKRouter(), 4)
+    with pytest.raises(RefusedError, match="layer 0: RoutingSimulatorRouter selects experts"):
+        proven.check_router("layer 0", RoutingSimulatorRouter(), 4)
+    with pytest.raises(RefusedError, match="the engine selects 4 experts a token; expected 2"):
+        proven.check_router("layer 0", FusedTopKRouter(), 2)

@@ -43,11 +43,12 @@ TOPICAL = {
         ("m.json", {"keep_by_layer": {"0": [5, 0, 2], "1": [1, 3, 4]}}, {}),
         ("m.json", KEEP, {}),
         ("m.json", {"0": {"0": 0, "2": 1, "5": 2}, "1": {"4": 0, "1": 2, "3": 1}}, {}),
+        ("m.yaml", {0: {0: 0, 2: 1, 5: 2}, 1: {4: 0, 1: 2, 3: 1}}, {}),
         ("m.yaml", reap(), {"keep_n": 3}),
         ("m.yaml", reap(ranking_by_layer=None), {"keep_n": 3}),
         ("m.json", TOPICAL, {"keep_n": 3}),
     ],
-    ids=["keep_by_layer", "list", "expert_mapping", "reap", "reap scores only", "topical"],
+    ids=["keep_by_layer", "list", "expert_mapping", "expert_mapping in YAML", "reap", "reap scores only", "topical"],
 )
 def test_all_forms_give_the_same_mask(tmp_path: Path, name: str, data: Any, options: dict[str, Any]) -> None:
     mask = convert(write(tmp_path / name, data), SPEC, None, **options)
@@ -90,6 +91,7 @@ def test_a_mask_passes_through(tmp_path: Path) -> None:
         ("m.yaml", reap(), {}, "--keep-n N"),
         ("m.yaml", reap(), {"keep_n": 7}, "a ranking of 6 experts"),
         ("m.json", KEEP, {"keep_n": 2}, "only a ranking"),
+        ("m.yaml", reap(), {"keep_n": -1}, "--keep-n: found -1"),
         ("m.json", {"answer_expert_analytics": {}}, {"keep_n": 2}, "think_expert_analytics"),
     ],
 )
@@ -105,3 +107,6 @@ def test_yaml_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "evil.yaml").write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(MaskError, match="no valid YAML"):
         convert(tmp_path / "evil.yaml", SPEC, None, keep_n=2)
+    (tmp_path / "deep.yaml").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(MaskError, match="no valid YAML"):
+        convert(tmp_path / "deep.yaml", SPEC, None, keep_n=2)

@@ -7,6 +7,7 @@ SOFTPRUNE_TEST_BREAK=role          softprune cannot be imported: "main" in the f
 SOFTPRUNE_TEST_RAISE=1             softprune's register() raises
 SOFTPRUNE_TEST_SKIP_LAYER=n        softprune's mask is not written to MoE layer n (a mutation that tests must notice)
 SOFTPRUNE_TEST_PROVEN=A,B          treat these MoE backends as proven, to find out whether they are
+SOFTPRUNE_TEST_LIE=1               workers say that they serve another mask
 SOFTPRUNE_TEST_VANISH=file         delete this file once the front end has read it
 """
 
@@ -37,6 +38,8 @@ def register():
         _drop(*ENV["SOFTPRUNE_TEST_DROP"].split(":"))
     if ENV.get("SOFTPRUNE_TEST_SKIP_LAYER"):
         _skip_layer(int(ENV["SOFTPRUNE_TEST_SKIP_LAYER"]))
+    if ENV.get("SOFTPRUNE_TEST_LIE"):
+        _lie()
     if ENV.get("SOFTPRUNE_TEST_PROVEN"):
         _proven(ENV["SOFTPRUNE_TEST_PROVEN"].split(","))
     if ROLE == "child" and os.path.exists(ENV.get("SOFTPRUNE_TEST_VANISH", "")):
@@ -50,7 +53,15 @@ def _raise():
 def _proven(backends):
     from softprune.vllm_ext import proven
 
-    proven.PROVEN_BACKENDS.update({backend: "on trial" for backend in backends})
+    for architecture in ("GptOssForCausalLM", "Qwen3MoeForCausalLM"):
+        proven.PROVEN_BACKENDS.update({("cuda", architecture, backend): "on trial" for backend in backends})
+
+
+def _lie():
+    from softprune.vllm_ext.worker import ExpertMaskWorker
+
+    status = ExpertMaskWorker.softprune_status
+    ExpertMaskWorker.softprune_status = lambda self: {**status(self), "mask": None}
 
 
 def _owner(module, path):
