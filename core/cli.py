@@ -103,9 +103,9 @@ def mask_new(
 def mask_show(file: MaskPath) -> None:
     """Draw a mask: one row a layer, one cell an expert."""
     mask = mask_file.load(file)
-    console.print(keep_map(mask))
-    fingerprint = mask.model.fingerprint or "none"
-    console.print(f"{mask.model.architecture}, fingerprint {fingerprint[:19]}…, mask {mask.hash[:19]}…")
+    console.print(keep_map(mask, console.width))
+    fingerprint = "none" if mask.model.fingerprint is None else f"{mask.model.fingerprint[:19]}…"
+    console.print(f"{mask.model.architecture}, fingerprint {fingerprint}, mask {mask.hash[:19]}…")
     if mask.provenance:
         console.print(f"provenance: {mask.provenance}", markup=False)
 

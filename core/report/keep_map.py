@@ -8,17 +8,22 @@ from rich.text import Text
 from softprune.mask import ExpertMask
 
 KEPT, PRUNED = "█", "·"
-MAX_WIDTH = 128
+MARGIN = 16
+"""Columns beside the cells: the layer, and the number kept."""
 
 
-def keep_map(mask: ExpertMask) -> Group:
+def keep_map(mask: ExpertMask, columns: int = 80) -> Group:
     """The map of a mask, for a terminal.
 
-    Each row shows the layer, a cell per expert (a block for kept, a dot for pruned, at most 128 a
-    line) and the number kept; a header marks every eighth expert.
+    Each row shows the layer, a cell per expert (a block for kept, a dot for pruned) and the number kept; a
+    header marks every eighth expert. Layers with more experts than fit take several lines.
+
+    Args:
+        mask: the mask.
+        columns: width of the terminal.
     """
     experts = mask.model.num_experts
-    width = min(experts, MAX_WIDTH)
+    width = min(experts, max(8, (columns - MARGIN) // 8 * 8))
     ruler = "".join(f"{i:<8}" for i in range(0, width, 8))[:width]
     lines = [Text(f"{'layer':>6}  {ruler}  kept", style="bold")]
     for layer in range(mask.model.num_layers):
