@@ -29,6 +29,9 @@ class InputError(SoftpruneError):
     found: str
     expected: str
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, ...]]:
+        return type(self), (self.file, self.field, self.found, self.expected)
+
     def __str__(self) -> str:
         where = f"{self.file}: {self.field}" if self.field else self.file
         return f"{where}: found {self.found}; expected {self.expected}"
@@ -58,3 +61,7 @@ class SeamError(RefusedError):
         super().__init__(f"seam {seam!r} does not hold in {engine}: {detail}. softprune refuses to serve a mask that it cannot apply.")
         self.seam = seam
         self.engine = engine
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[SeamError], tuple[str, ...]]:
+        return type(self), (self.seam, self.engine, self.detail)

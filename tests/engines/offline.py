@@ -38,7 +38,7 @@ def run(job):
             llm.collective_rpc(call["method"], kwargs=call.get("kwargs"))
             call["error"] = None
         except Exception as error:
-            call["error"] = repr(error)
+            call["error"] = f"{type(error).__name__}: {error}"
     asked = job.get("softprune") or job.get("llm_args") or {}
     debug = bool(asked.get("debug_routes"))
     if debug:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import stat
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from softprune import control
 from softprune.checkpoint.families import read_config, spec_of
-from softprune.errors import MaskError, RefusedError
+from softprune.errors import MaskError, RefusedError, SeamError
 from softprune.launch import LaunchRequest
 from tests.conftest import random_mask, saved
 
@@ -33,6 +34,14 @@ def test_a_mask_that_changes_after_the_check_is_refused(models: dict[str, Path],
     os.unlink(path)
     with pytest.raises(MaskError, match="No such file"):
         request.read_mask(spec_of(read_config(model)))
+
+
+@pytest.mark.parametrize(
+    "error", [MaskError("m.json", "keep[0]", "3", "4"), SeamError("a.seam", "vLLM 1", "it is gone"), RefusedError("no")]
+)
+def test_errors_survive_the_way_between_processes(error: Exception) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (type(error), str(error))
 
 
 def test_unknown_fields_are_refused() -> None:
