@@ -13,6 +13,12 @@ class SoftpruneError(Exception):
     """Base class: catching it catches everything that softprune raises on purpose."""
 
 
+def shortened(value: object) -> str:
+    """A value as an error may show it: its repr, cut at 78 characters."""
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "…"
+
+
 @dataclass
 class InputError(SoftpruneError):
     """A file that a user gave is not what it should be.

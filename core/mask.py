@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softprune.checkpoint.families import ModelSpec
-from softprune.errors import MaskError
+from softprune.errors import MaskError, shortened
 
 FORMAT: Final = "softprune.expert-mask"
 VERSION: Final = 1
@@ -232,19 +232,27 @@ def read_json(path: str | Path) -> Any:
     Raises:
         MaskError: missing, too large, not UTF-8 JSON, nested too deep, or a key given twice.
     """
-    source = str(path)
+    return decode_json(read_bytes(path, "a readable mask file"), str(path))
+
+
+def read_bytes(path: str | Path, expected: str) -> bytes:
+    """A file of at most `MAX_BYTES`; `expected` says in the error what it should have been.
+
+    Raises:
+        MaskError: missing, unreadable or too large.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise MaskError(source, "", error.strerror or str(error), "a readable mask file") from None
-    return decode_json(data, source)
+        raise MaskError(str(path), "", error.strerror or str(error), expected) from None
+    if len(data) > MAX_BYTES:
+        raise MaskError(str(path), "", "over 16 MB", "at most 16 MB")
+    return data
 
 
 def decode_json(data: bytes, source: str) -> Any:
-    """As `read_json`, for bytes already read (at most `MAX_BYTES` + 1 of them)."""
-    if len(data) > MAX_BYTES:
-        raise MaskError(source, "", "over 16 MB", "at most 16 MB")
+    """As `read_json`, for bytes already read."""
 
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         decoded = dict(pairs)
@@ -273,8 +281,7 @@ def _raise_first(error: ValidationError, source: str) -> NoReturn:
         raise MaskError(source, field, "nothing", "this field")
     if first["type"] == "extra_forbidden":
         raise MaskError(source, field, "an unknown field", f"the fields of version {VERSION}")
-    found = repr(first["input"])
-    raise MaskError(source, field, found if len(found) < 80 else found[:77] + "…", first["msg"].removeprefix("Input should be "))
+    raise MaskError(source, field, shortened(first["input"]), first["msg"].removeprefix("Input should be "))
 
 
 def _json_type(value: Any) -> str:

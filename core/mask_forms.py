@@ -22,7 +22,7 @@ import yaml
 
 from softprune import mask as mask_file
 from softprune.checkpoint.families import ModelSpec
-from softprune.errors import MaskError
+from softprune.errors import MaskError, shortened
 from softprune.mask import ExpertMask, MaskModel
 
 SECTIONS = {"think": "think_expert_analytics", "answer": "answer_expert_analytics"}
@@ -107,14 +107,7 @@ def build(
 def _read(path: str | Path) -> Any:
     if Path(path).suffix.lower() not in (".yaml", ".yml"):
         return mask_file.read_json(path)
-    source = str(path)
-    try:
-        with open(path, "rb") as file:
-            text = file.read(mask_file.MAX_BYTES + 1)
-    except OSError as error:
-        raise MaskError(source, "", error.strerror or str(error), "a readable file") from None
-    if len(text) > mask_file.MAX_BYTES:
-        raise MaskError(source, "", "over 16 MB", "at most 16 MB")
+    source, text = str(path), mask_file.read_bytes(path, "a readable file")
     try:
         return yaml.safe_load(text)  # in pure Python: libyaml crashes on deep nesting
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -187,6 +180,5 @@ def _reap_rows(data: Mapping[str, Any], source: str) -> list[Any]:
 
 def _ids(row: Any, source: str, field: str) -> list[int]:
     if not isinstance(row, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in row):
-        found = repr(row)
-        raise MaskError(source, field, found if len(found) < 80 else found[:77] + "…", "a list of expert ids")
+        raise MaskError(source, field, shortened(row), "a list of expert ids")
     return row

@@ -128,7 +128,12 @@ def llm_args(
     given = {
         "expert_mask": expert_mask, "expert_top_k": expert_top_k, "expert_mask_force": expert_mask_force, "debug_routes": debug_routes,
     }  # fmt: skip
-    return {"additional_config": {CONFIG_KEY: {field: value for field, value in given.items() if value is not None and value is not False}}}
+    return {"additional_config": {CONFIG_KEY: _asked(given)}}
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a user set; 0 is one that was set."""
+    return {field: value for field, value in given.items() if value is not None and value is not False}
 
 
 def _refuse_engine_config(error: SeamError) -> None:
@@ -202,8 +207,7 @@ def _add_flags(parser: Any) -> None:
 
 
 def _into_additional_config(engine_args: Any, args: argparse.Namespace) -> None:
-    given = {field: getattr(args, flag, None) for flag, field in FLAGS.items()}
-    given = {field: value for field, value in given.items() if value is not None and value is not False}
+    given = _asked({field: getattr(args, flag, None) for flag, field in FLAGS.items()})
     config = dict(engine_args.additional_config or {})
     if given and CONFIG_KEY in config:
         raise RefusedError(f"--additional-config already has {CONFIG_KEY!r}; expected either it or softprune's own flags")

@@ -7,7 +7,7 @@ step is compiled or captured: the GEMM then adds it in its epilogue.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +117,7 @@ def attach(layer: MoeLayer, spec: ModelSpec) -> Router:
     bias = seams.attribute(gate, "bias", _SEAM)
     if bias is None or tuple(bias.shape) != (spec.num_experts,):
         raise RefusedError(f"{layer.name}.bias: found {bias if bias is None else list(bias.shape)}; expected [{spec.num_experts}]")
-    return Router(layer.name, bias.data, _forward(gate))
+    return Router(layer.name, bias.data, lambda hidden: logits_of(gate(hidden)))
 
 
 @contextmanager
@@ -151,13 +151,10 @@ def _add_bias(gate: nn.Module, num_experts: int) -> None:
             setattr(gate, name, False)
 
 
-def _forward(gate: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        output = gate(hidden)
-        logits: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return logits
-
-    return forward
+def logits_of(output: Any) -> torch.Tensor:
+    """Logits [n, num_experts] in what a gate returns: they alone, or (logits, bias)."""
+    logits: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return logits
 
 
 def backend_of(runner: Any) -> str:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -246,7 +245,6 @@ def _counting(select: Callable[..., Any], probe: RouteProbe, position: int) -> C
 
 def _logits_hook(probe: RouteProbe, position: int, top_k: int) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        logits: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        probe.record_logits(position, logits, top_k)
+        probe.record_logits(position, routers.logits_of(output), top_k)
 
     return hook

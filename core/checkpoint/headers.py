@@ -7,6 +7,7 @@ shards and errors that name the shard.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 
+def payload_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Size in bytes of a tensor's payload, from its dtype name and shape."""
+    return DTYPE_BYTES[dtype] * math.prod(shape)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Header entry of one tensor: its shard, dtype name ("BF16", "U8", ...) and shape."""
@@ -35,10 +41,7 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         """Size of the payload in bytes."""
-        count = 1
-        for dim in self.shape:
-            count *= dim
-        return count * DTYPE_BYTES[self.dtype]
+        return payload_bytes(self.dtype, self.shape)
 
 
 class TensorIndex:

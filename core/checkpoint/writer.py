@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from softprune.checkpoint.headers import DTYPE_BYTES
+from softprune.checkpoint.headers import payload_bytes
 from softprune.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -36,10 +36,7 @@ class PlannedTensor:
     @property
     def num_bytes(self) -> int:
         """Size of the payload in bytes."""
-        count = DTYPE_BYTES[self.dtype]
-        for dim in self.shape:
-            count *= dim
-        return count
+        return payload_bytes(self.dtype, self.shape)
 
 
 def write_checkpoint(

@@ -53,38 +53,43 @@ REFUSED_CALLS = ("sleep", "wake_up", "start_weight_update", "update_weights", "f
 
 
 @pytest.fixture(scope="module")
-def stable(models: dict[str, Path], masks: dict[str, tuple[ExpertMask, str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def sliced(models: dict[str, Path], masks: dict[str, tuple[ExpertMask, str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints with only the experts that a mask of the same name keeps."""
+    folder = tmp_path_factory.mktemp("sliced")
+    for name, model in (("gpt-oss", "gpt-oss"), ("qwen3-moe", "qwen3-moe"), ("gpt-oss-top2", "gpt-oss")):
+        slice_checkpoint(models[model], masks[name][0], folder / name)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def stable(models: Any, masks: Any, sliced: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Runs with a stable, id-ordered top-k in vLLM's CPU router, installed on both sides."""
     folder = tmp_path_factory.mktemp("stable")
     jobs = []
     for name in ("gpt-oss", "qwen3-moe"):
-        mask, path = masks[name]
-        slice_checkpoint(models[name], mask, folder / name)
+        path = masks[name][1]
         jobs.append(job(f"{name} masked", models[name], {"expert_mask": path}))
-        jobs.append(job(f"{name} sliced", folder / name))
+        jobs.append(job(f"{name} sliced", sliced[name]))
         jobs.append(job(f"{name} reloaded", models[name], {"expert_mask": path, "debug_routes": True}, rpc=[{"method": "reload_weights"}]))
     synth_checkpoint("tiny", folder / "other", seed=99)
     refused = [{"method": method} for method in REFUSED_CALLS]
     refused += [{"method": "reload_weights", "kwargs": {"weights_path": str(path)}} for path in (folder / "other", folder / "missing")]
     jobs.append(job("refused calls", models["gpt-oss"], {"expert_mask": masks["gpt-oss"][1]}, rpc=refused))
-    mask, path = masks["gpt-oss-top2"]
-    slice_checkpoint(models["gpt-oss"], mask, folder / "top2")
-    jobs.append(job("top2 masked", models["gpt-oss"], {"expert_mask": path, "debug_routes": True}))
-    jobs.append(job("top2 sliced", folder / "top2", args={"hf_overrides": {"num_experts_per_tok": 2}}))
+    jobs.append(job("top2 masked", models["gpt-oss"], {"expert_mask": masks["gpt-oss-top2"][1], "debug_routes": True}))
+    jobs.append(job("top2 sliced", sliced["gpt-oss-top2"], args={"hf_overrides": {"num_experts_per_tok": 2}}))
     return run_offline(jobs, folder / "run", STABLE)
 
 
 @pytest.fixture(scope="module")
-def stock(models: dict[str, Path], masks: dict[str, tuple[ExpertMask, str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def stock(models: Any, masks: Any, sliced: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Runs with vLLM as it is."""
     folder = tmp_path_factory.mktemp("stock")
     jobs = []
     for name in ("gpt-oss", "qwen3-moe"):
-        mask, path = masks[name]
-        slice_checkpoint(models[name], mask, folder / name)
+        path = masks[name][1]
         probe = {"debug_routes": True}
         jobs.append(job(f"{name} masked", models[name], {"expert_mask": path}))
-        jobs.append(job(f"{name} sliced", folder / name))
+        jobs.append(job(f"{name} sliced", sliced[name]))
         jobs.append(job(f"{name} all", models[name], {"expert_mask": masks[f"{name}-all"][1]}))
         jobs.append(job(f"{name} probed", models[name], {"expert_mask": path, **probe}, MANY))
         jobs.append(job(f"{name} unmasked probed", models[name], probe, MANY))
@@ -114,14 +119,15 @@ def check_routes(result: dict[str, Any], mask: ExpertMask, num_tokens: int) -> d
     return {"tokens": num_tokens, "selections": sum(kept), "expected_selections": expected, "selections_of_pruned": sum(pruned)}
 
 
-# A request's last token is sampled but never computed on.
-MANY_TOKENS = sum(len(prompt) + MAX_TOKENS - 1 for prompt in MANY)
+def computed(prompts: list[list[int]]) -> int:
+    """Tokens that pass the routers: a request's last token is sampled but never computed on."""
+    return sum(len(prompt) + MAX_TOKENS - 1 for prompt in prompts)
 
 
 @pytest.mark.parametrize(("run", "name"), [("gpt-oss", "gpt-oss"), ("qwen3-moe", "qwen3-moe"), ("uneven", "uneven")])
 def test_pruned_experts_are_never_selected(stock: Any, masks: Any, run: str, name: str, evidence: Evidence) -> None:
-    assert MANY_TOKENS > 10_000
-    evidence(f"vllm_cpu.routes.masked.{run}", check_routes(stock[f"{run} probed"], masks[name][0], MANY_TOKENS))
+    assert computed(MANY) > 10_000
+    evidence(f"vllm_cpu.routes.masked.{run}", check_routes(stock[f"{run} probed"], masks[name][0], computed(MANY)))
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
@@ -141,7 +147,7 @@ def test_one_unmasked_layer_is_noticed(models: Any, masks: Any, tmp_path: Path) 
     jobs = [job("mutant", models["gpt-oss"], {"expert_mask": path, "debug_routes": True})]
     result = run_offline(jobs, tmp_path, {"SOFTPRUNE_TEST_SKIP_LAYER": "2"})["mutant"]
     with pytest.raises(AssertionError):
-        check_routes(result, mask, sum(len(prompt) + MAX_TOKENS - 1 for prompt in PROMPTS))
+        check_routes(result, mask, computed(PROMPTS))
     pruned_by_layer = [sum(routes(result)[layer][i] for i in mask.pruned(layer)) for layer in range(4)]
     assert [count > 0 for count in pruned_by_layer] == [False, False, True, False]
 
@@ -156,7 +162,7 @@ def test_masked_equals_sliced_exactly(stable: Any, name: str, evidence: Evidence
 
 
 def test_top_k_really_shrinks(stable: Any, masks: Any) -> None:
-    check_routes(stable["top2 masked"], masks["gpt-oss-top2"][0], sum(len(prompt) + MAX_TOKENS - 1 for prompt in PROMPTS))
+    check_routes(stable["top2 masked"], masks["gpt-oss-top2"][0], computed(PROMPTS))
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
@@ -185,14 +191,14 @@ def test_llm_args_masks_even_where_the_plugin_is_not_allowed(models: Any, masks:
     mask, path = masks["gpt-oss"]
     jobs = [job("masked", models["gpt-oss"], llm_args={"expert_mask": path, "debug_routes": True})]
     result = run_offline(jobs, tmp_path, {"VLLM_PLUGINS": "none"})["masked"]
-    check_routes(result, mask, sum(len(prompt) + MAX_TOKENS - 1 for prompt in PROMPTS))
+    check_routes(result, mask, computed(PROMPTS))
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
 def test_mask_follows_a_weight_reload(stable: Any, masks: Any, name: str) -> None:
     reloaded = stable[f"{name} reloaded"]
     assert reloaded["rpc"] == [{"method": "reload_weights", "error": None}]
-    check_routes(reloaded, masks[name][0], sum(len(prompt) + MAX_TOKENS - 1 for prompt in PROMPTS))
+    check_routes(reloaded, masks[name][0], computed(PROMPTS))
     if name == "gpt-oss":
         # Not for Qwen3-MoE: on CPUs, vLLM 0.32.0's own reload changes its outputs, without softprune too.
         assert reloaded["logprobs"] == stable[f"{name} masked"]["logprobs"]
@@ -238,14 +244,13 @@ def test_compiled_model_obeys_the_mask(models: Any, masks: Any, tmp_path: Path, 
 
 
 @pytest.mark.timeout(400)
-def test_tensor_parallel_masked_equals_sliced(models: Any, masks: Any, tmp_path: Path, evidence: Evidence) -> None:
+def test_tensor_parallel_masked_equals_sliced(models: Any, masks: Any, sliced: Any, tmp_path: Path, evidence: Evidence) -> None:
     """Two ranks; compared with two ranks, since their sums round differently from one rank's."""
     mask, path = masks["gpt-oss"]
-    slice_checkpoint(models["gpt-oss"], mask, tmp_path / "sliced")
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     jobs = [
         job("masked", models["gpt-oss"], {"expert_mask": path, "debug_routes": True}, PROMPTS[:4], args=two),
-        job("sliced", tmp_path / "sliced", None, PROMPTS[:4], args=two),
+        job("sliced", sliced["gpt-oss"], None, PROMPTS[:4], args=two),
     ]
     runs = run_offline(jobs, tmp_path / "run", {**STABLE, "VLLM_CPU_OMP_THREADS_BIND": "0|1"})
     assert runs["masked"]["logprobs"] == runs["sliced"]["logprobs"]
@@ -253,6 +258,6 @@ def test_tensor_parallel_masked_equals_sliced(models: Any, masks: Any, tmp_path:
     first, second = runs["masked"]["routes"]
     assert first == second
     assert sum(selections(first["counts"], mask)[0]) == 0
-    assert sum(map(sum, first["counts"])) == 4 * 4 * sum(len(prompt) + MAX_TOKENS - 1 for prompt in PROMPTS[:4])
+    assert sum(map(sum, first["counts"])) == 4 * 4 * computed(PROMPTS[:4])
     scored = sum(map(len, runs["masked"]["logprobs"]))
     evidence("vllm_cpu.masked_equals_sliced.stable_top_k.tensor_parallel_2", {"logprobs": scored, "equal": scored})
