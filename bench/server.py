@@ -37,6 +37,11 @@ def vllm_command(model: str | Path, port: int, *args: str) -> list[str]:
     return [sys.executable, "-m", module, "--model", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
 
 
+def sglang_command(model: str | Path, port: int, *args: str) -> list[str]:
+    """Command line of SGLang's HTTP server."""
+    return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
+
+
 class Server:
     """A server process in its own session, so that stopping it stops its workers as well.
 
@@ -97,12 +102,16 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or b"null")
 
-    def stop(self) -> None:
-        """End the server and everything it started."""
-        if self.process.poll() is None:
+    def stop(self, grace: float = 20) -> None:
+        """End the server and everything it started.
+
+        Args:
+            grace: seconds that it is given to finish by itself.
+        """
+        if grace and self.process.poll() is None:
             self._signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
+                self.process.wait(grace)
         self._signal(signal.SIGKILL)
         self.process.wait()
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from softprune import __version__
 from softprune import mask as mask_file
+from softprune.bench.cli import bench_app
 from softprune.checkpoint import synth as synth_module
 from softprune.checkpoint.dequantize import dequantize_checkpoint
 from softprune.checkpoint.families import ModelSpec, family_of, read_config, spec_of
@@ -46,6 +47,7 @@ mask_app = typer.Typer(help="Make, show, check, convert and compare expert masks
 checkpoint_app = typer.Typer(help="Look at checkpoints, make random ones, dequantise MXFP4.", **_OPTIONS)
 app.add_typer(mask_app, name="mask")
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(bench_app, name="bench")
 console = Console(highlight=False)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
 
 from softprune import mask as mask_file
-from softprune.checkpoint.families import ModelSpec, spec_of
+from softprune.checkpoint.families import SPEC_FIELDS, ModelSpec, spec_of
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.errors import MaskError, RefusedError
 from softprune.mask import ExpertMask
+
+TOP_K_FIELDS = ("num_experts_per_tok", "experts_per_token")
+"""Names of top_k in config.json; gpt-oss has both."""
 
 
 class LaunchRequest(BaseModel):
@@ -38,7 +42,7 @@ class LaunchRequest(BaseModel):
     debug_routes: bool = False
 
     @classmethod
-    def parse(cls, data: Any, source: str) -> LaunchRequest:
+    def parse(cls, data: Any, source: str) -> Self:
         """From a configuration object.
 
         Raises:
@@ -106,6 +110,38 @@ class Launch(LaunchRequest):
     mask_hash: str | None
     top_k: int
     model_top_k: int
+
+    def spec(self, hf_config: Any) -> ModelSpec:
+        """The model's shape as an engine was configured, with the model's own top_k.
+
+        Args:
+            hf_config: the engine's Transformers config, in which top_k may be overridden.
+
+        Raises:
+            CheckpointError: the architecture is not known.
+        """
+        # Attributes, not to_dict(): Transformers renames fields of config.json and maps the old names.
+        config = {field: getattr(hf_config, field, None) for field in SPEC_FIELDS}
+        return spec_of({**config, "num_experts_per_tok": self.model_top_k}, "model config")
+
+    def with_top_k(self, overrides: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """An engine's config overrides with this top_k in them, so that its kernels and graphs are built for it.
+
+        Args:
+            overrides: the user's own.
+            name: what the engine calls them.
+
+        Raises:
+            RefusedError: they ask for another one.
+        """
+        result = dict(overrides)
+        if self.top_k == self.model_top_k and not set(TOP_K_FIELDS) & set(result):
+            return result
+        for field in TOP_K_FIELDS:
+            if result.get(field, self.top_k) != self.top_k:
+                raise RefusedError(f"{name}.{field}: found {result[field]}; expected {self.top_k}, as --expert-top-k or the mask says")
+            result[field] = self.top_k
+        return result
 
     def read_mask(self, spec: ModelSpec) -> ExpertMask | None:
         """Read the mask file again, in a worker.

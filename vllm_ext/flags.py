@@ -18,11 +18,10 @@ from collections import UserDict
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PretrainedConfig
-
-from softprune.checkpoint.families import read_config
+from softprune.checkpoint.families import config_of
 from softprune.control import KEY_ENV
 from softprune.errors import RefusedError, SeamError
+from softprune.flags import FLAGS, GROUP, KEY_HELP, KEY_OPTION, asked, asked_in
 from softprune.launch import Launch, LaunchRequest
 from softprune.vllm_ext import proven, seams
 
@@ -30,14 +29,6 @@ logger = logging.getLogger("vllm.softprune")
 
 CONFIG_KEY = "softprune"
 """Key under which the request travels in `additional_config`; also how `LLM(...)` asks for a mask."""
-
-FLAGS = {
-    "expert_mask": "expert_mask",
-    "expert_top_k": "expert_top_k",
-    "expert_mask_force": "expert_mask_force",
-    "softprune_debug_routes": "debug_routes",
-}
-"""Destination of each flag in the parsed arguments -> field of `LaunchRequest`."""
 
 MIDDLEWARE = "softprune.vllm_ext.routes.ControlApi"
 
@@ -128,12 +119,7 @@ def llm_args(
     given = {
         "expert_mask": expert_mask, "expert_top_k": expert_top_k, "expert_mask_force": expert_mask_force, "debug_routes": debug_routes,
     }  # fmt: skip
-    return {"additional_config": {CONFIG_KEY: _asked(given)}}
-
-
-def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a user set; 0 is one that was set."""
-    return {field: value for field, value in given.items() if value is not None and value is not False}
+    return {"additional_config": {CONFIG_KEY: asked(given)}}
 
 
 def _refuse_engine_config(error: SeamError) -> None:
@@ -183,31 +169,16 @@ class _KeyFlag(argparse.Action):
 
 
 def _add_flags(parser: Any) -> None:
-    group = parser.add_argument_group("softprune", "Prune experts while serving.")
-    group.add_argument(
-        "--expert-mask", action=_Flag, metavar="FILE",
-        help="Expert mask (softprune mask new): pruned experts are never routed to.",
-    )  # fmt: skip
-    group.add_argument(
-        "--expert-top-k", action=_Flag, type=int, metavar="K",
-        help="Experts per token, from 1 to the model's own number.",
-    )  # fmt: skip
-    group.add_argument(
-        "--expert-mask-force", action=_Flag, is_switch=True, default=False,
-        help="Use a mask whose fingerprint is that of other weights. Lifts no other check.",
-    )  # fmt: skip
-    group.add_argument(
-        "--softprune-debug-routes", action=_Flag, is_switch=True, default=False,
-        help="Count what every router selects (GET /softprune/v1/routes); needs --enforce-eager.",
-    )  # fmt: skip
-    group.add_argument(
-        "--softprune-key", action=_KeyFlag, metavar="KEY",
-        help="Key of the control API; else SOFTPRUNE_KEY, else one is generated and its file logged.",
-    )  # fmt: skip
+    group = parser.add_argument_group(*GROUP)
+    for flag in FLAGS:
+        value = {} if flag.value is None else {"metavar": flag.value[0], "type": flag.value[1]}
+        default = False if flag.value is None else None
+        group.add_argument(flag.option, action=_Flag, is_switch=flag.value is None, default=default, help=flag.help, **value)
+    group.add_argument(KEY_OPTION, action=_KeyFlag, metavar="KEY", help=KEY_HELP)
 
 
 def _into_additional_config(engine_args: Any, args: argparse.Namespace) -> None:
-    given = _asked({field: getattr(args, flag, None) for flag, field in FLAGS.items()})
+    given = asked_in(args)
     config = dict(engine_args.additional_config or {})
     if given and CONFIG_KEY in config:
         raise RefusedError(f"--additional-config already has {CONFIG_KEY!r}; expected either it or softprune's own flags")
@@ -225,33 +196,15 @@ def _prepare(engine_args: Any) -> Launch | None:
     seams.check(seams.FRONT_END)
     request = LaunchRequest.parse(config[CONFIG_KEY], f"additional_config.{CONFIG_KEY}")
     model = str(engine_args.hf_config_path or engine_args.model)
-    launch = request.resolve(_model_config(engine_args, model), str(engine_args.model))
+    launch = request.resolve(config_of(model, engine_args.revision), str(engine_args.model))
     if launch.debug_routes and not engine_args.enforce_eager:
         raise RefusedError("--softprune-debug-routes needs --enforce-eager: inside CUDA graphs and compiled code it would see nothing")
-    if launch.top_k != launch.model_top_k:
-        _override_top_k(engine_args, launch.top_k)
-    return launch
-
-
-def _model_config(engine_args: Any, model: str) -> dict[str, Any]:
-    """The model's own config.json, from a folder or from the Hub's cache, without any override."""
-    try:
-        config, _ = PretrainedConfig.get_config_dict(model, revision=engine_args.revision)
-    except OSError:
-        return read_config(model)
-    return dict(config)
-
-
-def _override_top_k(engine_args: Any, top_k: int) -> None:
-    """Give K to vLLM through `hf_overrides`, so that kernels and graphs are built for it."""
     overrides = engine_args.hf_overrides or {}
-    if not isinstance(overrides, dict):
+    if isinstance(overrides, dict):
+        engine_args.hf_overrides = launch.with_top_k(overrides, "hf_overrides")
+    elif launch.top_k != launch.model_top_k:
         raise RefusedError("--expert-top-k together with a callable hf_overrides is not supported; set num_experts_per_tok there")
-    for key in ("num_experts_per_tok", "experts_per_token"):
-        if overrides.get(key, top_k) != top_k:
-            raise RefusedError(f"hf_overrides.{key}: found {overrides[key]}; expected {top_k}, as --expert-top-k or the mask says")
-        overrides = {**overrides, key: top_k}
-    engine_args.hf_overrides = overrides
+    return launch
 
 
 def _install(vllm_config: Any, launch: Launch) -> None:

@@ -8,64 +8,40 @@ tests/engines and bench/results.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from softprune import proven
 from softprune.errors import RefusedError
+from softprune.proven import Mode, among, falsy, one
 from softprune.vllm_ext import seams
 
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to run vLLM that a mask has not been proven with.
-
-    Attributes:
-        flag: what a user would have typed.
-        path: where VllmConfig says so.
-        is_off: whether a value means that the mode is not in use.
-    """
-
-    flag: str
-    path: str
-    is_off: Callable[[Any], bool]
-
-
-def _falsy(value: Any) -> bool:
-    return not value
-
-
-def _one(value: Any) -> bool:
-    return value == 1
-
-
 UNPROVEN_MODES = (
-    Mode("--pipeline-parallel-size", "parallel_config.pipeline_parallel_size", _one),
-    Mode("--data-parallel-size", "parallel_config.data_parallel_size", _one),
-    Mode("--prefill-context-parallel-size", "parallel_config.prefill_context_parallel_size", _one),
-    Mode("--decode-context-parallel-size", "parallel_config.decode_context_parallel_size", _one),
-    Mode("--enable-expert-parallel", "parallel_config.enable_expert_parallel", _falsy),
-    Mode("--enable-eplb", "parallel_config.enable_eplb", _falsy),
-    Mode("--enable-elastic-ep", "parallel_config.enable_elastic_ep", _falsy),
-    Mode("--enable-dbo", "parallel_config.enable_dbo", _falsy),
-    Mode("--nnodes", "parallel_config.nnodes", _one),
-    Mode("--api-server-count", "parallel_config._api_process_count", _one),
-    Mode("--distributed-executor-backend", "parallel_config.distributed_executor_backend", lambda v: v in (None, "mp", "uni")),
-    Mode("--worker-extension-cls", "parallel_config.worker_extension_cls", _falsy),
-    Mode("--speculative-config", "speculative_config", _falsy),
-    Mode("--enable-lora", "lora_config", _falsy),
-    Mode("--enable-sleep-mode", "model_config.enable_sleep_mode", _falsy),
-    Mode("--weight-transfer-config", "weight_transfer_config", _falsy),
-    Mode("--kv-transfer-config", "kv_transfer_config", _falsy),
-    Mode("--ec-transfer-config", "ec_transfer_config", _falsy),
-    Mode("--cpu-offload-gb", "offload_config.uva.cpu_offload_gb", _falsy),
-    Mode("--offload-group-size", "offload_config.prefetch.offload_group_size", _falsy),
-    Mode("--load-format", "load_config.load_format", lambda v: v in ("auto", "safetensors", "hf")),
-    Mode("--dtype", "model_config.dtype", lambda v: v == torch.bfloat16),
-    Mode("--model-class-overrides", "model_config.model_class_overrides", _falsy),
-    Mode("--model-impl", "model_config.model_impl", lambda v: v in ("auto", "vllm")),
+    Mode("--pipeline-parallel-size", "parallel_config.pipeline_parallel_size", one),
+    Mode("--data-parallel-size", "parallel_config.data_parallel_size", one),
+    Mode("--prefill-context-parallel-size", "parallel_config.prefill_context_parallel_size", one),
+    Mode("--decode-context-parallel-size", "parallel_config.decode_context_parallel_size", one),
+    Mode("--enable-expert-parallel", "parallel_config.enable_expert_parallel", falsy),
+    Mode("--enable-eplb", "parallel_config.enable_eplb", falsy),
+    Mode("--enable-elastic-ep", "parallel_config.enable_elastic_ep", falsy),
+    Mode("--enable-dbo", "parallel_config.enable_dbo", falsy),
+    Mode("--nnodes", "parallel_config.nnodes", one),
+    Mode("--api-server-count", "parallel_config._api_process_count", one),
+    Mode("--distributed-executor-backend", "parallel_config.distributed_executor_backend", among(None, "mp", "uni")),
+    Mode("--worker-extension-cls", "parallel_config.worker_extension_cls", falsy),
+    Mode("--speculative-config", "speculative_config", falsy),
+    Mode("--enable-lora", "lora_config", falsy),
+    Mode("--enable-sleep-mode", "model_config.enable_sleep_mode", falsy),
+    Mode("--weight-transfer-config", "weight_transfer_config", falsy),
+    Mode("--kv-transfer-config", "kv_transfer_config", falsy),
+    Mode("--ec-transfer-config", "ec_transfer_config", falsy),
+    Mode("--cpu-offload-gb", "offload_config.uva.cpu_offload_gb", falsy),
+    Mode("--offload-group-size", "offload_config.prefetch.offload_group_size", falsy),
+    Mode("--load-format", "load_config.load_format", among("auto", "safetensors", "hf")),
+    Mode("--dtype", "model_config.dtype", among(torch.bfloat16)),
+    Mode("--model-class-overrides", "model_config.model_class_overrides", falsy),
+    Mode("--model-impl", "model_config.model_impl", among("auto", "vllm")),
 )
 
 _ON_GPU = "bench/results/vllm_gpu.json"
@@ -93,14 +69,7 @@ def check_modes(vllm_config: Any) -> None:
         RefusedError: names the flag, and what was found.
         SeamError: a mode cannot be read in this version of vLLM.
     """
-    for mode in UNPROVEN_MODES:
-        value = seams.attribute(vllm_config, mode.path, "config." + mode.path)
-        if not mode.is_off(value):
-            shown = value if isinstance(value, (str, int, float, bool, torch.dtype)) else "set"
-            raise RefusedError(
-                f"{mode.flag} ({shown}) is not proven together with an expert mask in {seams.engine()}; "
-                "softprune refuses to start. Leave it out, or leave the softprune flags out."
-            )
+    proven.check_modes(UNPROVEN_MODES, lambda path: seams.attribute(vllm_config, path, "config." + path), seams.engine())
     if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
         raise RefusedError("VLLM_MOE_ROUTING_SIMULATION_STRATEGY is set: vLLM would select experts without asking the routers")
 
@@ -122,7 +91,7 @@ def check_front_end(args: Any) -> None:
     }
     for name, is_on in asked.items():
         if is_on:
-            raise RefusedError(f"{name} is not proven together with an expert mask in {seams.engine()}; softprune refuses to start")
+            raise proven.refusal(name, seams.engine())
 
 
 def check_backend(platform: str, architecture: str, backend: str, top_k: int) -> None:
@@ -137,14 +106,8 @@ def check_backend(platform: str, architecture: str, backend: str, top_k: int) ->
     Raises:
         RefusedError: not proven, or top_k is not a power of two where it has to be.
     """
-    if (platform, architecture, backend) not in PROVEN_BACKENDS:
-        proven = [name for where, which, name in PROVEN_BACKENDS if (where, which) == (platform, architecture)]
-        raise RefusedError(
-            f"MoE backend {backend} for {architecture} on {platform} is not proven with an expert mask in {seams.engine()}; "
-            f"proven there: {', '.join(proven) or 'none'}. --moe-backend chooses."
-        )
-    if backend in POWER_OF_TWO_TOP_K and top_k & (top_k - 1):
-        raise RefusedError(f"top_k {top_k}: MoE backend {backend} takes powers of two only (1, 2, 4, ...)")
+    found = (platform, architecture, backend)
+    proven.check_backend(PROVEN_BACKENDS, found, POWER_OF_TWO_TOP_K, top_k, "--moe-backend", seams.engine())
 
 
 def check_router(name: str, router: Any, top_k: int) -> None:

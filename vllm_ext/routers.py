@@ -6,7 +6,6 @@ step is compiled or captured: the GEMM then adds it in its epilogue.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from torch import nn
 
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import RefusedError, SeamError
+from softprune.runtime.blocks import blocks_by_layer, check_router_bias, check_router_weight
+from softprune.runtime.masked_model import RouterWeights
 from softprune.runtime.router_mask import Router
 from softprune.vllm_ext import seams
 
@@ -70,23 +71,19 @@ def find(model: nn.Module, spec: ModelSpec) -> list[MoeLayer]:
     site = SITES.get(spec.architecture)
     if site is None:
         raise RefusedError(f"architecture {spec.architecture}: no proven place for a mask in {seams.engine()}; proven: {', '.join(SITES)}")
-    block_class = site.block.resolve()
-    found: dict[int, MoeLayer] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, block_class):
-            match = re.search(r"layers\.(\d+)\.", name + ".")
-            if match is None:
-                raise SeamError(site.block.name, seams.engine(), f"no layer number in {name!r}")
-            gate = seams.attribute(module, site.router, site.block.name)
-            runner = seams.attribute(module, "experts", site.block.name)
-            found[int(match[1])] = MoeLayer(f"{name}.{site.router}", gate, runner, site.has_bias)
-    if sorted(found) != list(spec.moe_layers):
-        raise RefusedError(f"the loaded model has MoE layers {sorted(found)}; expected {list(spec.moe_layers)}")
-    return [found[layer] for layer in spec.moe_layers]
+    return [
+        MoeLayer(
+            f"{name}.{site.router}",
+            seams.attribute(block, site.router, site.block.name),
+            seams.attribute(block, "experts", site.block.name),
+            site.has_bias,
+        )
+        for name, block in blocks_by_layer(model, site.block, spec)
+    ]
 
 
-def weights(layer: MoeLayer, spec: ModelSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight [num_experts, hidden], bias [num_experts] or None) of a layer's router as loaded, for the fingerprint.
+def weights(layer: MoeLayer, spec: ModelSpec) -> RouterWeights:
+    """A layer's router as loaded, for the fingerprint.
 
     To be called before the engine packs weights: some kernels free them.
 
@@ -94,10 +91,8 @@ def weights(layer: MoeLayer, spec: ModelSpec) -> tuple[torch.Tensor, torch.Tenso
         SeamError: the gate does not look as expected.
         RefusedError: its shape is not the model's.
     """
-    weight = seams.attribute(layer.gate, "weight", _SEAM)
-    if weight.dim() != 2 or weight.shape[0] != spec.num_experts:
-        raise RefusedError(f"{layer.name}.weight: found shape {list(weight.shape)}; expected [{spec.num_experts}, hidden]")
-    return weight.data, seams.attribute(layer.gate, "bias", _SEAM).data if layer.has_bias else None
+    weight = check_router_weight(layer.name, seams.attribute(layer.gate, "weight", _SEAM), spec)
+    return weight, seams.attribute(layer.gate, "bias", _SEAM).data if layer.has_bias else None
 
 
 def attach(layer: MoeLayer, spec: ModelSpec) -> Router:
@@ -114,10 +109,8 @@ def attach(layer: MoeLayer, spec: ModelSpec) -> Router:
         raise SeamError(_SEAM, seams.engine(), f"{layer.name} does not add its bias itself")
     if not layer.has_bias:
         _add_bias(gate, spec.num_experts)
-    bias = seams.attribute(gate, "bias", _SEAM)
-    if bias is None or tuple(bias.shape) != (spec.num_experts,):
-        raise RefusedError(f"{layer.name}.bias: found {bias if bias is None else list(bias.shape)}; expected [{spec.num_experts}]")
-    return Router(layer.name, bias.data, lambda hidden: logits_of(gate(hidden)))
+    bias = check_router_bias(layer.name, seams.attribute(gate, "bias", _SEAM), spec)
+    return Router(layer.name, bias, lambda hidden: logits_of(gate(hidden)))
 
 
 @contextmanager

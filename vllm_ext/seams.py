@@ -1,57 +1,22 @@
-"""Every place in vLLM that softprune hooks into or reads, and the check that it is still there.
+"""Every place in vLLM that softprune hooks into or reads.
 
-No other file of this extension names vLLM's internals. Known versions are those in which a seam
-was read or run; others are let through as long as the check holds, since the checks at start
-(and the routers' own, see `RouterMask.verify`) decide, not a version number.
+No other file of this extension names vLLM's internals.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-from softprune.errors import SeamError
+from softprune import seams
+from softprune.seams import Seam, check
+
+__all__ = ["Seam", "attribute", "check", "engine"]
 
 KNOWN_VERSIONS = ("0.26.0", "0.32.0", "0.33.0")
+"""Those in which the seams were read or run."""
 
-
-@dataclass(frozen=True)
-class Seam:
-    """A name inside vLLM.
-
-    Attributes:
-        name: what softprune calls it.
-        target: "module:attribute.path".
-        parameters: names that the callable has to accept.
-    """
-
-    name: str
-    target: str
-    parameters: tuple[str, ...] = ()
-
-    def resolve(self) -> Any:
-        """The object behind the seam.
-
-        Raises:
-            SeamError: the module or an attribute is missing, or a parameter is.
-        """
-        module_name, _, path = self.target.partition(":")
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ImportError as error:
-            raise SeamError(self.name, engine(), f"cannot import {module_name} ({error})") from error
-        for part in path.split("."):
-            if not hasattr(found, part):
-                raise SeamError(self.name, engine(), f"{self.target} has no {part!r}")
-            found = getattr(found, part)
-        accepted = inspect.signature(found).parameters if self.parameters else {}
-        for parameter in self.parameters:
-            if parameter not in accepted:
-                raise SeamError(self.name, engine(), f"{self.target} takes no parameter {parameter!r}")
-        return found
-
+engine = partial(seams.engine, "vllm")
+attribute = partial(seams.attribute, package="vllm")
 
 ADD_CLI_ARGS = Seam("cli.add_args", "vllm.engine.arg_utils:EngineArgs.add_cli_args", ("parser",))
 FROM_CLI_ARGS = Seam("cli.from_args", "vllm.engine.arg_utils:EngineArgs.from_cli_args", ("args",))
@@ -78,13 +43,6 @@ GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 
 
-def engine() -> str:
-    """Engine name and version, for messages."""
-    import vllm
-
-    return f"vLLM {vllm.__version__}"
-
-
 def is_known() -> bool:
     """Whether this version of vLLM is one of those that the seams were read in."""
     import vllm
@@ -97,27 +55,3 @@ def platform() -> str:
     from vllm.platforms import current_platform
 
     return "rocm" if current_platform.is_rocm() else str(current_platform.device_type)
-
-
-def check(seams: tuple[Seam, ...]) -> None:
-    """See that every seam of a group holds.
-
-    Raises:
-        SeamError: the first that does not.
-    """
-    for seam in seams:
-        seam.resolve()
-
-
-def attribute(owner: Any, path: str, seam: str) -> Any:
-    """A nested attribute of an engine object.
-
-    Raises:
-        SeamError: it does not exist.
-    """
-    found = owner
-    for part in path.split("."):
-        if not hasattr(found, part):
-            raise SeamError(seam, engine(), f"{type(found).__name__} has no {part!r}")
-        found = getattr(found, part)
-    return found

@@ -18,11 +18,10 @@ from typing import Any, NoReturn
 from torch import nn
 from vllm.v1.worker.gpu_worker import Worker
 
-from softprune.checkpoint.families import SPEC_FIELDS, ModelSpec, spec_of
-from softprune.checkpoint.fingerprint import fingerprint, fingerprint_of_checkpoint
+from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.errors import RefusedError, SeamError
+from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
-from softprune.runtime.router_mask import RouterMask
 from softprune.vllm_ext import proven, routers, seams
 from softprune.vllm_ext.flags import launch_of
 
@@ -34,9 +33,7 @@ class ExpertMaskWorker:
 
     vllm_config: Any
     model_runner: Any
-    _router_mask: RouterMask | None = None
-    _fingerprint: str = ""
-    _probe: RouteProbe | None = None
+    _masked: MaskedModel | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, mask its routers before its weights are packed, and see that they obey."""
@@ -44,16 +41,15 @@ class ExpertMaskWorker:
         if not seams.is_known():
             logger.warning("softprune: %s is not among the versions it was read with: %s", seams.engine(), ", ".join(seams.KNOWN_VERSIONS))
         self._launch = launch_of(self.vllm_config)
-        self._spec = self._model_spec()
+        self._spec = self._launch.spec(self.vllm_config.model_config.hf_config)
         with _before_weights_are_processed(self._mask_routers):
             super().load_model(*args, **kwargs)  # type: ignore[misc]
-        mask = self._state().mask
-        self._check_engine()
+        model = self._model()
+        model.backend = self._proven_backend()
         self._verify()
         if self._launch.debug_routes:
-            self._attach_probe()
-        kept = "all experts" if mask is None else mask.summary
-        logger.info("softprune: %d MoE layers, %s, top_k %s", self._spec.num_layers, kept, self._launch.top_k)
+            self._attach_probe(model.add_probe())
+        logger.info("%s", model.summary)
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Reload from a checkpoint folder, and mask again before the next step.
@@ -70,10 +66,10 @@ class ExpertMaskWorker:
         path = kwargs.get("weights_path") or self.vllm_config.model_config.model
         if not Path(path).is_dir():
             raise RefusedError(f"reload_weights: found {path}; expected a checkpoint folder, whose routers can be compared with the mask's")
-        state = self._state()
-        mask = state.mask
+        model = self._model()
+        state, mask = model.routers, model.routers.mask
         incoming = fingerprint_of_checkpoint(path)
-        if mask is not None and incoming != self._fingerprint:
+        if mask is not None and incoming != model.fingerprint:
             mask.check_fingerprint(incoming, str(self._launch.expert_mask))
             if mask.model.fingerprint is None:
                 raise RefusedError(f"reload_weights: {path} has other routers than those loaded, and the mask names no fingerprint")
@@ -85,7 +81,7 @@ class ExpertMaskWorker:
             if mask is not None:
                 state.apply(mask)
             self._verify()
-            self._fingerprint = incoming
+            model.fingerprint = incoming
         except BaseException:
             # The routers are in no known state now. Nothing may be computed with them.
             self.execute_model = self._refuse_to_serve
@@ -93,69 +89,42 @@ class ExpertMaskWorker:
 
     def softprune_status(self) -> dict[str, Any]:
         """What this process serves; JSON-ready."""
-        mask = self._state().mask
-        return {
-            "mask": None if mask is None else {"hash": mask.hash, "num_kept": mask.num_kept},
-            "top_k": self._launch.top_k,
-            "fingerprint": self._fingerprint,
-            "moe_backend": self._backend,
-        }
+        return self._model().status()
 
-    def softprune_routes(self, reset: bool = False) -> dict[str, Any]:
-        """Counts of the route probe: {"tokens": [per layer], "counts": [[per expert] per layer]}."""
-        if self._probe is None:
-            raise RefusedError("the route probe is off; start the server with --softprune-debug-routes")
-        snapshot = self._probe.snapshot()
-        if reset:
-            self._probe.reset()
-        return snapshot
-
-    def _model_spec(self) -> ModelSpec:
-        """The model's shape as the engine was configured, with the model's own top_k."""
-        hf_config = self.vllm_config.model_config.hf_config
-        # Attributes, not to_dict(): Transformers renames fields of config.json and maps the old names.
-        config = {field: getattr(hf_config, field, None) for field in SPEC_FIELDS}
-        return spec_of({**config, "num_experts_per_tok": self._launch.model_top_k}, "model config")
+    def softprune_routes(self, reset: bool = False, trace: bool = False) -> dict[str, Any]:
+        """Counts of the route probe."""
+        return self._model().routes(reset, trace)
 
     def _mask_routers(self, model: nn.Module) -> None:
-        """Find the routers, compare fingerprints, remember the biases as loaded, put the mask in force."""
-        mask = self._launch.read_mask(self._spec)
+        """Find the routers and put the mask in force."""
         self._layers = routers.find(model, self._spec)
         loaded = [routers.weights(layer, self._spec) for layer in self._layers]
-        self._fingerprint = fingerprint(self._spec, loaded)
-        self._hidden, self._dtype = loaded[0][0].shape[1], loaded[0][0].dtype
-        self._router_mask = RouterMask([routers.attach(layer, self._spec) for layer in self._layers])
-        if mask is not None:
-            warning = mask.check_fingerprint(self._fingerprint, str(self._launch.expert_mask), self._launch.expert_mask_force)
-            if warning:
-                logger.warning("softprune: %s", warning)
-            self._router_mask.apply(mask)
+        attached = [routers.attach(layer, self._spec) for layer in self._layers]
+        self._masked = MaskedModel(self._launch, self._spec, loaded, attached, logger)
 
-    def _state(self) -> RouterMask:
-        if self._router_mask is None:
+    def _model(self) -> MaskedModel:
+        if self._masked is None:
             raise SeamError(seams.PROCESS_WEIGHTS.name, seams.engine(), "the model loader in use never called it")
-        return self._router_mask
+        return self._masked
 
-    def _check_engine(self) -> None:
-        """See that the backend is proven, and that the engine runs with the top_k that was asked for."""
+    def _proven_backend(self) -> str:
+        """See that the MoE backend is proven, and that the engine runs with the top_k that was asked for."""
         backends = {routers.backend_of(layer.runner) for layer in self._layers}
         if len(backends) != 1:
             raise RefusedError(f"MoE backends: found {sorted(backends)}; expected one for all layers")
-        self._backend = backends.pop()
-        platform = seams.platform()
-        proven.check_backend(platform, self._spec.architecture, self._backend, self._launch.top_k)
+        backend = backends.pop()
+        proven.check_backend(seams.platform(), self._spec.architecture, backend, self._launch.top_k)
         for layer in self._layers:
             router = seams.attribute(layer.runner, "router", seams.MOE_RUNNER.name)
             proven.check_router(layer.name, router, self._launch.top_k)
+        return backend
 
     def _verify(self) -> None:
         with _engine_context(self.vllm_config):
-            self._state().verify(self._hidden, self._dtype)
+            self._model().verify()
 
-    def _attach_probe(self) -> None:
+    def _attach_probe(self, probe: RouteProbe) -> None:
         """Count what the engine selects; where its kernel selects in secret, what the logits imply."""
-        device = self._state().routers[0].bias.device
-        probe = self._probe = RouteProbe(self._spec.num_layers, self._spec.num_experts, device)
         for position, layer in enumerate(self._layers):
             if layer.runner.routed_experts.quant_method.is_monolithic:
                 layer.gate.register_forward_hook(_logits_hook(probe, position, self._launch.top_k))

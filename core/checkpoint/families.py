@@ -156,6 +156,25 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     return config
 
 
+def config_of(model: str, revision: str | None = None) -> dict[str, Any]:
+    """The model's own config.json, from a folder or from the Hub's cache, without any override.
+
+    Args:
+        model: a checkpoint folder or a Hub name.
+        revision: of the Hub's repository.
+
+    Raises:
+        CheckpointError: it is missing or not a JSON object.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    except OSError:
+        return read_config(model)
+    return dict(config)
+
+
 def family_of(config: Config, source: str = "config.json") -> Family:
     """The family that a config belongs to.
 

@@ -9,16 +9,22 @@ from typing import Any
 
 import torch
 
+TRACED_TOKENS = 16384
+"""Rows a layer whose selections are kept one by one; later ones are only counted."""
+
 
 class RouteProbe:
     """Counters on the routers' device.
 
-    `counts` is int64 [num_layers, num_experts]; `tokens` int64 [num_layers], rows that passed each router.
+    `counts` is int64 [num_layers, num_experts]; `tokens` int64 [num_layers], rows that passed each router;
+    `traced` holds, per layer, the selections of its first rows since the last reset: int16 [rows, top_k], by ascending id.
     """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device) -> None:
         self.counts = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(num_layers, dtype=torch.int64, device=device)
+        self.traced: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+        self._room = [TRACED_TOKENS] * num_layers
 
     def record_ids(self, layer: int, ids: torch.Tensor) -> None:
         """Count selections that the engine made.
@@ -30,6 +36,10 @@ class RouteProbe:
         flat = ids.reshape(-1).to(torch.int64)
         self.counts[layer].index_add_(0, flat, torch.ones_like(flat))
         self.tokens[layer] += ids.shape[0]
+        kept = min(self._room[layer], ids.shape[0])
+        if kept:
+            self.traced[layer].append(ids[:kept].to(torch.int16).sort(dim=-1).values)
+            self._room[layer] -= kept
 
     def record_logits(self, layer: int, logits: torch.Tensor, top_k: int) -> None:
         """Count the top-k of router logits, for fused kernels that never hand out their selection.
@@ -44,11 +54,16 @@ class RouteProbe:
         order = torch.sort(logits, dim=-1, descending=True, stable=True).indices
         self.record_ids(layer, order[:, :top_k])
 
-    def snapshot(self) -> dict[str, Any]:
-        """{"tokens": [per layer], "counts": [[per expert] per layer]}."""
-        return {"tokens": self.tokens.tolist(), "counts": self.counts.tolist()}
+    def snapshot(self, trace: bool = False) -> dict[str, Any]:
+        """{"tokens": [per layer], "counts": [[per expert] per layer]}, and with `trace` "ids": [[[id, …] per row] per layer]."""
+        counted = {"tokens": self.tokens.tolist(), "counts": self.counts.tolist()}
+        if not trace:
+            return counted
+        return {**counted, "ids": [torch.cat(rows).tolist() if rows else [] for rows in self.traced]}
 
     def reset(self) -> None:
         """Back to zero."""
         self.counts.zero_()
         self.tokens.zero_()
+        self.traced = [[] for _ in self.traced]
+        self._room = [TRACED_TOKENS] * len(self._room)

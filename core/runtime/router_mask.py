@@ -73,9 +73,10 @@ class RouterMask:
             RefusedError: a pruned expert's logit is not -inf, or a kept one's is not finite.
         """
         generator = torch.Generator().manual_seed(0)
-        sample = torch.randn(4, hidden, generator=generator).to(dtype)
+        # A decode step and a prefill step may run different kernels.
+        samples = [torch.randn(rows, hidden, generator=generator).to(dtype) for rows in (4, 256)]
         for layer, router in enumerate(self.routers):
-            logits = router.forward(sample.to(router.bias.device)).float()
+            logits = torch.cat([router.forward(sample.to(router.bias.device)) for sample in samples]).float()
             pruned = set(self.mask.pruned(layer)) if self.mask else set()
             expected = torch.tensor([i in pruned for i in range(logits.shape[-1])], device=logits.device)
             wrong = (torch.isneginf(logits) != expected).any(0) | logits.isnan().any(0) | torch.isposinf(logits).any(0)
@@ -83,6 +84,6 @@ class RouterMask:
                 expert = int(wrong.nonzero()[0])
                 state = "pruned" if expert in pruned else "kept"
                 raise RefusedError(
-                    f"{router.name}: found logits {[round(x, 3) for x in logits[:, expert].tolist()]} for {state} expert {expert}; "
+                    f"{router.name}: found logits {[round(x, 3) for x in logits[:4, expert].tolist()]} for {state} expert {expert}; "
                     f"expected {'-inf' if state == 'pruned' else 'finite numbers'}. The router does not obey its bias."
                 )

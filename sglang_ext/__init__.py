@@ -1,0 +1,17 @@
+"""softprune inside SGLang.
+
+| file | role |
+|---|---|
+| `flags` | the command line flags, and what they do to the server's arguments |
+| `proven` | modes and MoE backends that masks are known to work with; all else is refused |
+| `seams` | the only names of SGLang's internals |
+| `hooks` | what is registered with SGLang's hook registry, and the check that it took effect |
+| `routers` | finding the routers of a loaded model |
+| `worker` | masking them in every scheduler process, and keeping them masked |
+| `routes` | the control API on the engine's own HTTP port |
+"""
+
+from softprune.sglang_ext.flags import engine_args
+from softprune.sglang_ext.hooks import register
+
+__all__ = ["engine_args", "register"]

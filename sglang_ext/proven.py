@@ -1,0 +1,116 @@
+"""What masks are known to work with in SGLang, and what is refused.
+
+Platforms and MoE backends are those that were proven, and no others. Modes are refused by name, as
+`UNPROVEN_MODES` lists them. The README's table is this file in prose; the evidence is in tests/engines
+and bench/results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from softprune import proven
+from softprune.errors import RefusedError
+from softprune.proven import Mode, among, falsy, one
+from softprune.sglang_ext import seams
+
+UNPROVEN_MODES = (
+    Mode("--pipeline-parallel-size", "pp_size", one),
+    Mode("--data-parallel-size", "dp_size", one),
+    Mode("--enable-dp-attention", "enable_dp_attention", falsy),
+    Mode("--expert-parallel-size", "ep_size", one),
+    Mode("--moe-data-parallel-size", "moe_dp_size", one),
+    Mode("--attention-context-parallel-size", "attn_cp_size", one),
+    Mode("--dcp-size", "dcp_size", one),
+    Mode("--dwdp-size", "dwdp_size", one),
+    Mode("--nnodes", "nnodes", one),
+    Mode("--moe-a2a-backend", "moe_a2a_backend", among("none")),
+    Mode("--enable-eplb", "enable_eplb", falsy),
+    Mode("--ep-num-redundant-experts", "ep_num_redundant_experts", falsy),
+    Mode("--init-expert-location", "init_expert_location", among("trivial")),
+    Mode("--elastic-ep-backend", "elastic_ep_backend", among(None, "none")),
+    Mode("--enable-elastic-expert-backup", "enable_elastic_expert_backup", falsy),
+    Mode("--speculative-algorithm", "speculative_algorithm", falsy),
+    Mode("--decoupled-spec-role", "decoupled_spec_role", among("null")),
+    Mode("--tokenizer-worker-num", "tokenizer_worker_num", one),
+    Mode("--enable-lora", "enable_lora", falsy),
+    Mode("--lora-paths", "lora_paths", falsy),
+    Mode("--grpc-mode", "grpc_mode", falsy),
+    Mode("--smg-grpc-mode", "smg_grpc_mode", falsy),
+    Mode("--grpc-port", "grpc_port", falsy),
+    Mode("--enable-http2", "enable_http2", falsy),
+    Mode("--use-ray", "use_ray", falsy),
+    Mode("--encoder-only", "encoder_only", falsy),
+    Mode("--enable-memory-saver", "enable_memory_saver", falsy),
+    Mode("--weight-cache-mode", "weight_cache_mode", among("off")),
+    Mode("--custom-weight-loader", "custom_weight_loader", falsy),
+    Mode("--checkpoint-engine-wait-weights-before-ready", "checkpoint_engine_wait_weights_before_ready", falsy),
+    Mode(
+        "--remote-instance-weight-loader-start-seed-via-transfer-engine",
+        "remote_instance_weight_loader_start_seed_via_transfer_engine",
+        falsy,
+    ),
+    Mode("--disaggregation-mode", "disaggregation_mode", among("null")),
+    Mode("--load-format", "load_format", among("auto", "safetensors")),
+    Mode("--model-impl", "model_impl", among("auto", "sglang")),
+    Mode("--quantization", "quantization", among(None, "mxfp4")),
+    Mode("--cpu-offload-gb", "cpu_offload_gb", falsy),
+    Mode("--offload-group-size", "offload_group_size", among(-1, 0)),
+    Mode("--enable-torch-compile", "enable_torch_compile", falsy),
+    Mode("--enable-two-batch-overlap", "enable_two_batch_overlap", falsy),
+    Mode("--enable-single-batch-overlap", "enable_single_batch_overlap", falsy),
+    Mode("--enable-pdmux", "enable_pdmux", falsy),
+    Mode("--dllm-algorithm", "dllm_algorithm", falsy),
+)
+FORMER_MODES = (Mode("--torchao-config", "torchao_config", falsy),)
+"""Modes that newer versions no longer have."""
+
+PROVEN_BACKENDS: dict[proven.Backend, str] = {
+    ("cpu", "GptOssForCausalLM", "bf16/native"): "tests/engines",
+    ("cpu", "Qwen3MoeForCausalLM", "bf16/native"): "tests/engines",
+}
+"""(platform, architecture, MoE backend as `routers.backend_of` names the one that SGLang chose) -> what proves it."""
+
+POWER_OF_TWO_TOP_K = ("mxfp4/triton_kernel",)
+"""MXFP4 backends whose routing kernel takes a top_k that is a power of two only."""
+
+
+def check_modes(server_args: Any) -> None:
+    """Refuse a mode that masks are not proven with.
+
+    Raises:
+        RefusedError: names the flag, and what was found.
+        SeamError: a mode cannot be read in this version of SGLang.
+    """
+    former = [mode for mode in FORMER_MODES if hasattr(server_args, mode.path)]
+    proven.check_modes([*UNPROVEN_MODES, *former], lambda name: seams.setting(server_args, name), seams.engine())
+    if seams.is_rust_server():
+        raise proven.refusal("SGLANG_RUST_SERVER", seams.engine())
+
+
+def check_backend(platform: str, architecture: str, backend: str, top_k: int) -> None:
+    """Refuse an MoE backend that masks are not proven with, or a top_k that its kernel cannot take.
+
+    Args:
+        platform: SGLang's name for the kind of device.
+        architecture: the model's.
+        backend: the one in use, as `routers.backend_of` names it.
+        top_k: experts per token.
+
+    Raises:
+        RefusedError: not proven, or top_k is not a power of two where it has to be.
+    """
+    found = (platform, architecture, backend)
+    proven.check_backend(PROVEN_BACKENDS, found, POWER_OF_TWO_TOP_K, top_k, "--moe-runner-backend", seams.engine())
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse any dtype but bfloat16.
+
+    Raises:
+        RefusedError: names what was found.
+    """
+    if dtype != torch.bfloat16:
+        raise RefusedError(f"--dtype: found {dtype}; expected bfloat16, the only one proven with an expert mask in {seams.engine()}")

@@ -1,0 +1,125 @@
+"""Every place in SGLang that softprune hooks into or reads.
+
+No other file of this extension names SGLang's internals.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+from softprune import seams
+from softprune.errors import SeamError
+from softprune.seams import Seam, check
+
+__all__ = ["Seam", "attribute", "check", "engine"]
+
+KNOWN_VERSIONS = ("0.5.17", "0.5.23")
+"""Those in which the seams were read or run."""
+
+engine = partial(seams.engine, "sglang")
+attribute = partial(seams.attribute, package="sglang")
+
+LOAD_PLUGINS = Seam("plugins.load", "sglang.srt.plugins:load_plugins")
+HOOK_REGISTRY = Seam("plugins.hook_registry", "sglang.srt.plugins.hook_registry:HookRegistry.register", ("target", "hook", "hook_type"))
+PATCHED = Seam("plugins.patched", "sglang.srt.plugins.hook_registry:HookRegistry._patched")
+PLUGINS = (LOAD_PLUGINS, HOOK_REGISTRY, PATCHED)
+
+ADD_CLI_ARGS = Seam("cli.add_args", "sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",))
+FROM_CLI_ARGS = Seam("cli.from_args", "sglang.srt.server_args:ServerArgs.from_cli_args", ("args",))
+LAUNCH_SCHEDULERS = Seam(
+    "engine.launch_schedulers", "sglang.srt.entrypoints.engine:Engine._launch_scheduler_processes", ("server_args", "port_args")
+)
+RUN_HTTP_SERVER = Seam(
+    "http.run_server", "sglang.srt.entrypoints.http_server:_setup_and_run_http_server", ("server_args", "tokenizer_manager")
+)
+DUMPER_CONTROL = Seam("tokenizer.dumper_control", "sglang.srt.managers.tokenizer_manager:TokenizerManager.dumper_control", ("obj",))
+DUMPER_REQUEST = Seam("ipc.dumper_request", "sglang.srt.managers.io_struct:DumperControlReqInput", ("method", "body"))
+RELEASE_MEMORY = Seam(
+    "tokenizer.release_memory", "sglang.srt.managers.tokenizer_manager:TokenizerManager.release_memory_occupation", ("obj",)
+)
+RESUME_MEMORY = Seam("tokenizer.resume_memory", "sglang.srt.managers.tokenizer_manager:TokenizerManager.resume_memory_occupation", ("obj",))
+FRONT_END = (
+    *PLUGINS, ADD_CLI_ARGS, FROM_CLI_ARGS, LAUNCH_SCHEDULERS, RUN_HTTP_SERVER, DUMPER_CONTROL, DUMPER_REQUEST, RELEASE_MEMORY, RESUME_MEMORY,
+)  # fmt: skip
+"""Checked when a softprune flag is parsed, and again when processes are launched."""
+
+LOAD_MODEL = Seam("scheduler.load_model", "sglang.srt.model_executor.model_runner:ModelRunner.load_model")
+INIT_INFO = Seam("scheduler.init_info", "sglang.srt.managers.scheduler:Scheduler.get_init_info")
+HANDLE_DUMPER_CONTROL = Seam("scheduler.dumper_control", "sglang.srt.managers.scheduler:Scheduler.handle_dumper_control", ("recv_req",))
+DUMPER_ANSWER = Seam("ipc.dumper_answer", "sglang.srt.managers.io_struct:DumperControlReqOutput", ("success", "response", "error"))
+EAGER = Seam("cuda_graph.disabled", "sglang.srt.model_executor.cuda_graph_config:cuda_graph_fully_disabled")
+TOP_K = Seam("moe.top_k", "sglang.srt.layers.moe.topk:TopK")
+GPT_OSS_BLOCK = Seam("model.gpt_oss_block", "sglang.srt.models.gpt_oss:GptOssSparseMoeBlock")
+QWEN3_MOE_BLOCK = Seam("model.qwen3_moe_block", "sglang.srt.models.qwen3_moe:Qwen3MoeSparseMoeBlock")
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
+WEIGHT_UPDATES = {
+    method: Seam(f"scheduler.{method}", f"{_UPDATER}.{method}", ("recv_req",))
+    for method in (
+        "update_weights_from_disk", "init_weights_update_group", "update_weights_from_distributed", "update_weights_from_tensor",
+        "update_weights_from_ipc", "check_weights",
+    )
+}  # fmt: skip
+"""Calls that change weights; each answers with `success` and `message`."""
+BEGIN_WEIGHT_UPDATE = Seam("scheduler.begin_weight_update", f"{_UPDATER}.begin_weight_update", ("recv_req",))
+"""Since 0.5.19 or so; where it exists, it is refused as well."""
+SAVE_MODEL = tuple(
+    Seam(f"scheduler.{method}", f"sglang.srt.managers.scheduler:Scheduler.{method}")
+    for method in ("save_remote_model", "save_sharded_model")
+)
+SCHEDULER = (
+    LOAD_MODEL, INIT_INFO, HANDLE_DUMPER_CONTROL, DUMPER_ANSWER, EAGER, TOP_K, GPT_OSS_BLOCK, QWEN3_MOE_BLOCK,
+    *WEIGHT_UPDATES.values(), *SAVE_MODEL,
+)  # fmt: skip
+"""Checked in every scheduler process before the model is loaded."""
+
+
+def is_known() -> bool:
+    """Whether this version of SGLang is one of those that the seams were read in."""
+    import sglang
+
+    return sglang.__version__.split("+")[0] in KNOWN_VERSIONS
+
+
+def exists(seam: Seam) -> bool:
+    """Whether this version has a seam that not all have."""
+    try:
+        seam.resolve()
+    except SeamError:
+        return False
+    return True
+
+
+def answer_to(request: Any) -> Any:
+    """SGLang's class for the answer to a control request: `…ReqInput` -> `…ReqOutput`."""
+    from sglang.srt.managers import io_struct
+
+    return attribute(io_struct, type(request).__name__.removesuffix("Input") + "Output", "ipc.answer")
+
+
+def setting(server_args: Any, name: str) -> Any:
+    """A setting of the server as SGLang has resolved it.
+
+    Since 0.5.19 or so, `ServerArgs` keeps what the user gave, and a view of it what became of that.
+
+    Raises:
+        SeamError: there is no such setting.
+    """
+    try:
+        from sglang.srt.arg_groups.model_override_base import resolving_view
+    except ImportError:
+        return attribute(server_args, name, "server_args." + name)
+    return attribute(resolving_view(server_args), name, "server_args." + name)
+
+
+def platform(model_runner: Any) -> str:
+    """SGLang's name for the kind of device: "cuda", "cpu", "hip", …"""
+    from sglang.srt.utils import is_hip
+
+    return "hip" if is_hip() else str(attribute(model_runner, "device", LOAD_MODEL.name))
+
+
+def is_rust_server() -> bool:
+    """Whether the embedded Rust server would answer instead of the Python one."""
+    return os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false")

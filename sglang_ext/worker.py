@@ -1,0 +1,154 @@
+"""SGLang's scheduler processes with masked routers.
+
+A process that was asked for a mask masks its routers right after the weights are loaded, before any
+graph is captured, and tells the front end which mask it serves when it says that it is ready. What
+SGLang does to the weights afterwards is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from softprune.errors import RefusedError
+from softprune.launch import Launch
+from softprune.runtime.masked_model import MaskedModel
+from softprune.runtime.route_probe import RouteProbe
+from softprune.sglang_ext import proven, routers, seams
+from softprune.sglang_ext.flags import CONFIG_KEY
+
+logger = logging.getLogger("sglang.softprune")
+
+CARRIER = "softprune/"
+"""Prefix of the `method` of a dumper control request that is ours: SGLang's one message with free JSON both ways."""
+
+_masked: MaskedModel | None = None
+"""This process's model; SGLang runs one in each scheduler process."""
+
+
+def load_model(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `ModelRunner.load_model`."""
+    config = seams.attribute(runner, "model_config.hf_config", seams.LOAD_MODEL.name)
+    request = getattr(config, CONFIG_KEY, None)
+    if request is None:
+        return original(runner, *args, **kwargs)
+    seams.check(seams.SCHEDULER)
+    if not seams.is_known():
+        logger.warning("softprune: %s is not among the versions it was read with: %s", seams.engine(), ", ".join(seams.KNOWN_VERSIONS))
+    if seams.attribute(runner, "is_draft_worker", seams.LOAD_MODEL.name):
+        raise RefusedError("speculative decoding is not proven together with an expert mask")
+    result = original(runner, *args, **kwargs)
+    _mask(runner, Launch.parse(request, f"model config.{CONFIG_KEY}"))
+    return result
+
+
+def _mask(runner: Any, launch: Launch) -> None:
+    """Mask the routers, see that they obey, and that everything around them is proven."""
+    global _masked
+    spec = launch.spec(runner.model_config.hf_config)
+    proven.check_dtype(seams.attribute(runner, "model_config.dtype", seams.LOAD_MODEL.name))
+    layers = routers.find(runner.model, spec)
+    loaded = [routers.weights(layer, spec) for layer in layers]
+    model = MaskedModel(launch, spec, loaded, [routers.attach(layer, spec) for layer in layers], logger)
+    backends = {routers.backend_of(layer) for layer in layers}
+    if len(backends) != 1:
+        raise RefusedError(f"MoE backends: found {sorted(backends)}; expected one for all layers")
+    model.backend = backends.pop()
+    proven.check_backend(seams.platform(runner), spec.architecture, model.backend, launch.top_k)
+    for layer in layers:
+        selected = routers.selected_top_k(layer)
+        if selected != launch.top_k:
+            raise RefusedError(f"{layer.name}: the engine selects {selected} experts a token; expected {launch.top_k}")
+    model.verify()
+    if launch.debug_routes:
+        if not seams.EAGER.resolve()():
+            raise RefusedError("--softprune-debug-routes needs --disable-cuda-graph: inside CUDA graphs it would see nothing")
+        probe = model.add_probe()
+        for position, layer in enumerate(layers):
+            layer.top_k.register_forward_hook(_counting(probe, position, launch.top_k))
+    logger.info("%s", model.summary)
+    _masked = model
+
+
+def tell_front_end(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """After `Scheduler.get_init_info`, which goes to the front end: what this process serves."""
+    return info if _masked is None else {**info, CONFIG_KEY: _masked.status()}
+
+
+def answer(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    """Around `Scheduler.handle_dumper_control`: the control API's calls, between two steps."""
+    if not request.method.startswith(CARRIER):
+        return original(scheduler, request)
+    answer_class = seams.DUMPER_ANSWER.resolve()
+    try:
+        calls = {"status": _model().status, "routes": _model().routes}
+        mine = calls[request.method.removeprefix(CARRIER)](**request.body)
+        reply = answer_class(success=True, response=[{"ranks": _from_all_ranks(scheduler, mine)}])
+    except RefusedError as error:
+        reply = answer_class(success=False, response=[], error=str(error))
+    seams.attribute(scheduler, "ipc_channels.send_to_tokenizer", seams.HANDLE_DUMPER_CONTROL.name).send_output(reply, request)
+    return None
+
+
+def refused_update(name: str) -> Callable[..., Any]:
+    """A hook that answers a call that would change the weights with its refusal."""
+
+    def refuse(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+        if _masked is None:
+            return original(manager, request)
+        message = _refusal(name)
+        logger.error("softprune: %s", message)
+        return seams.answer_to(request)(success=False, message=message)
+
+    return refuse
+
+
+def refused_call(name: str) -> Callable[..., Any]:
+    """A hook that raises, for calls whose callers report exceptions; in the front end as well as in a scheduler process."""
+
+    def refuse(original: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        if _masked is not None or _front_end_is_masked(owner):
+            raise RefusedError(_refusal(name))
+        return original(owner, *args, **kwargs)
+
+    return refuse
+
+
+def _refusal(name: str) -> str:
+    return f"{name} is refused while softprune masks this engine's routers: it would undo or copy the mask"
+
+
+def _front_end_is_masked(owner: Any) -> bool:
+    overrides = getattr(getattr(owner, "server_args", None), "json_model_override_args", None)
+    return CONFIG_KEY in json.loads(overrides or "{}")
+
+
+def _model() -> MaskedModel:
+    if _masked is None:
+        raise RefusedError("this process was asked for no mask")
+    return _masked
+
+
+def _from_all_ranks(scheduler: Any, mine: Any) -> list[Any]:
+    """Every rank's answer, in rank order; every rank has been sent the request."""
+    import torch.distributed as dist
+
+    group = seams.attribute(scheduler, "tp_cpu_group", seams.HANDLE_DUMPER_CONTROL.name)
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _counting(probe: RouteProbe, position: int, top_k: int) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        ids = routers.selected_ids(inputs, output, top_k)
+        if ids is None:
+            probe.record_logits(position, inputs[1], top_k)
+        else:
+            probe.record_ids(position, ids)
+
+    return hook

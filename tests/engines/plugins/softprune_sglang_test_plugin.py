@@ -1,0 +1,99 @@
+"""A SGLang plugin for tests: changes the engine before softprune sees it, as environment variables say.
+
+SOFTPRUNE_TEST_CPU_ATTENTION=1     gpt-oss runs where there is no GPU (see `_attention`)
+SOFTPRUNE_TEST_REMOVE=module:path  delete this attribute, as a new engine version might
+SOFTPRUNE_TEST_BREAK=role          softprune cannot be imported: "main" in the first process, "child" in all others
+SOFTPRUNE_TEST_RAISE=role          softprune's register() raises there
+SOFTPRUNE_TEST_SKIP_LAYER=n        softprune's mask is not written to MoE layer n (a mutation that tests must notice)
+SOFTPRUNE_TEST_PROVEN=A,B          treat these MoE backends as proven, to find out whether they are
+SOFTPRUNE_TEST_LIE=1               scheduler processes say that they serve another mask
+SOFTPRUNE_TEST_VANISH=file         delete this file once the front end has read it
+"""
+
+import importlib
+import multiprocessing
+import os
+import sys
+
+ENV = os.environ
+ROLE = "main" if multiprocessing.parent_process() is None else "child"
+
+# SGLang imports this module before softprune's, so what keeps softprune from loading stands here.
+if ENV.get("SOFTPRUNE_TEST_BREAK") == ROLE:
+    sys.modules["softprune"] = None
+if ENV.get("SOFTPRUNE_TEST_RAISE") == ROLE:
+    import softprune.sglang_ext
+
+    softprune.sglang_ext.register = lambda: _raise()
+
+
+def register():
+    if ENV.get("SOFTPRUNE_TEST_CPU_ATTENTION"):
+        _attention()
+    if ENV.get("SOFTPRUNE_TEST_REMOVE"):
+        _remove(*ENV["SOFTPRUNE_TEST_REMOVE"].split(":"))
+    if ENV.get("SOFTPRUNE_TEST_SKIP_LAYER"):
+        _skip_layer(int(ENV["SOFTPRUNE_TEST_SKIP_LAYER"]))
+    if ENV.get("SOFTPRUNE_TEST_PROVEN"):
+        _proven(ENV["SOFTPRUNE_TEST_PROVEN"].split(","))
+    if ENV.get("SOFTPRUNE_TEST_LIE"):
+        _lie()
+    if ROLE == "child" and os.path.exists(ENV.get("SOFTPRUNE_TEST_VANISH", "")):
+        os.unlink(ENV["SOFTPRUNE_TEST_VANISH"])
+
+
+def _raise():
+    raise RuntimeError("planted: softprune's plugin raises")
+
+
+def _attention():
+    """SGLang serves gpt-oss only with attention kernels that know its sinks, none of which is for a plain CPU.
+
+    PyTorch's own attention takes the place of one of them and leaves the sinks and the window out: routers and
+    experts are SGLang's, the attention is not gpt-oss's.
+    """
+    from sglang.srt.layers.attention import attention_registry
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    for name in ("forward_decode", "forward_extend"):
+        setattr(TorchNativeAttnBackend, name, _without_sinks(getattr(TorchNativeAttnBackend, name)))
+    attention_registry.ATTENTION_BACKENDS["intel_amx"] = TorchNativeAttnBackend
+
+
+def _without_sinks(forward):
+    return lambda *args, sinks=None, **kwargs: forward(*args, **kwargs)
+
+
+def _remove(module, path):
+    owner = importlib.import_module(module)
+    *parents, last = path.split(".")
+    for part in parents:
+        owner = getattr(owner, part)
+    delattr(owner, last)
+
+
+def _skip_layer(layer):
+    from softprune.runtime import router_mask
+
+    original = router_mask.RouterMask.apply
+
+    def apply(self, mask):
+        original(self, mask)
+        self.routers[layer].bias.copy_(self.loaded[layer])
+
+    router_mask.RouterMask.apply = apply
+    router_mask.RouterMask.verify = lambda self, hidden, dtype: None
+
+
+def _proven(backends):
+    from softprune.sglang_ext import proven
+
+    for architecture in ("GptOssForCausalLM", "Qwen3MoeForCausalLM"):
+        proven.PROVEN_BACKENDS.update({("cuda", architecture, backend): "on trial" for backend in backends})
+
+
+def _lie():
+    from softprune.runtime.masked_model import MaskedModel
+
+    status = MaskedModel.status
+    MaskedModel.status = lambda self: {**status(self), "mask": None}

@@ -1,0 +1,157 @@
+"""How each engine is started for the proof, by the commands that users type, and asked for log-probabilities."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softprune.bench.server import Server
+
+PLUGINS = Path(__file__).parent.parent / "engines" / "plugins"
+STAND_INS = Path(__file__).parent.parent / "engines" / "stand_ins"
+Answer = tuple[list[int], list[float]]
+"""Generated ids, and the log-probabilities of the prompt's tokens (but the first) and of the generated ones."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One server.
+
+    Attributes:
+        name: of the row in the results.
+        model: folder in the working folder.
+        mask: name of a mask, or None.
+        args: further command line arguments.
+        patched: False keeps softprune out of the process altogether.
+        probe: count and trace what is selected; eager only.
+        graphs: run with CUDA graphs, as users do.
+        command: which of the engine's commands starts it.
+        batched: also send the first prompts in batches of 32.
+    """
+
+    name: str
+    model: str = "base"
+    mask: str | None = None
+    args: tuple[str, ...] = ()
+    patched: bool = True
+    probe: bool = False
+    graphs: bool = False
+    command: int = 0
+    batched: bool = False
+
+
+class Engine:
+    """An engine on this machine."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    trial: str
+    backend_flag: str
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+
+    def start(self, row: Row, work: Path, masks: dict[str, str], port: int) -> Server:
+        """A server process for a row; not yet ready."""
+        args = [*self.base_args(row, work / row.model, port), *row.args]
+        if row.mask:
+            args += ["--expert-mask", masks[row.mask]]
+        if row.probe:
+            args += ["--softprune-debug-routes"]
+        path = [str(PLUGINS)] if row.patched or not self.on_gpu else []
+        path += [] if self.on_gpu else [str(STAND_INS)] if self.name == "sglang" else []
+        env = {
+            "PYTHONPATH": ":".join([*path, os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1", "SOFTPRUNE_TEST_PROVEN": self.trial, **self.env(row),
+        }  # fmt: skip
+        return Server([*self.commands[row.command % len(self.commands)], *args], port, work / f"{row.name}.log", "proof", env)
+
+    def base_args(self, row: Row, model: Path, port: int) -> list[str]:
+        raise NotImplementedError
+
+    def env(self, row: Row) -> dict[str, str]:
+        raise NotImplementedError
+
+    def ask(self, server: Server, prompts: Sequence[list[int]], max_tokens: int) -> list[Answer]:
+        """Send prompts as one request; greedy, forced length."""
+        raise NotImplementedError
+
+
+class Sglang(Engine):
+    name = "sglang"
+    backend_flag = "--moe-runner-backend"
+    trial = "mxfp4/triton_kernel,mxfp4/marlin,mxfp4/flashinfer_mxfp4,mxfp4/triton,bf16/triton"
+
+    @property
+    def commands(self) -> tuple[tuple[str, ...], ...]:  # type: ignore[override]
+        module = (sys.executable, "-m", "sglang.launch_server")
+        return (module, ("sglang", "serve")) if self.on_gpu else (module,)
+
+    def base_args(self, row: Row, model: Path, port: int) -> list[str]:
+        args = ["--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), "--skip-tokenizer-init", "--dtype", "bfloat16"]
+        args += ["--max-total-tokens", "120000" if self.on_gpu else "16384"]
+        if self.on_gpu:
+            args += ["--attention-backend", "fa3", "--mem-fraction-static", "0.85", "--cuda-graph-max-bs", "64"]
+        else:
+            attention = "torch_native" if row.model == "qwen" else "intel_amx"
+            args += ["--device", "cpu", "--attention-backend", attention, "--mem-fraction-static", "0.1", "--sampling-backend", "pytorch"]
+            args += ["--disable-hybrid-swa-memory", "--grammar-backend", "none", "--moe-runner-backend", "triton"]
+        return args if row.graphs and self.on_gpu else [*args, "--disable-cuda-graph", "--disable-radix-cache"]
+
+    def env(self, row: Row) -> dict[str, str]:
+        env = {} if self.on_gpu else {"SOFTPRUNE_TEST_CPU_ATTENTION": "1"}
+        return env if row.patched else {**env, "SGLANG_PLUGINS": "none" if self.on_gpu else "aaa_softprune_test"}
+
+    def ask(self, server: Server, prompts: Sequence[list[int]], max_tokens: int) -> list[Answer]:
+        sampling = {"max_new_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": list(prompts), "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+        status, answers = server.request("POST", "/generate", body)
+        assert status == 200, answers
+        return [(one["output_ids"], _firsts(one["meta_info"])) for one in answers]
+
+
+def _firsts(meta: dict[str, Any]) -> list[float]:
+    return [entry[0] for entry in [*meta["input_token_logprobs"][1:], *meta["output_token_logprobs"]]]
+
+
+class Vllm(Engine):
+    name = "vllm"
+    backend_flag = "--moe-backend"
+    trial = "mxfp4/TRITON,mxfp4/MARLIN,mxfp4/TRITON_UNFUSED,mxfp4/FLASHINFER_CUTLASS_MXFP4_BF16,unquantized/TRITON"
+
+    @property
+    def commands(self) -> tuple[tuple[str, ...], ...]:  # type: ignore[override]
+        # CPU builds of vLLM have no working `vllm serve`.
+        return (("vllm", "serve"),) if self.on_gpu else ((sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"),)
+
+    def base_args(self, row: Row, model: Path, port: int) -> list[str]:
+        args = [str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+        args += ["--served-model-name", "model", "--max-model-len", "4096", "--max-num-batched-tokens", "8192"]
+        if self.on_gpu:
+            args += ["--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(6 << 30), "--max-num-seqs", "64"]
+        return args if row.graphs else [*args, "--enforce-eager", "--no-enable-prefix-caching"]
+
+    def env(self, row: Row) -> dict[str, str]:
+        env = {} if self.on_gpu else {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        return env if row.patched else {**env, "VLLM_PLUGINS": "none"}
+
+    def ask(self, server: Server, prompts: Sequence[list[int]], max_tokens: int) -> list[Answer]:
+        body = {
+            "model": "model", "prompt": list(prompts), "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+            "prompt_logprobs": 0, "logprobs": 0, "return_token_ids": True,
+        }  # fmt: skip
+        status, answer = server.request("POST", "/v1/completions", body)
+        assert status == 200, answer
+        return [_choice(choice, prompt) for choice, prompt in zip(answer["choices"], prompts, strict=True)]
+
+
+def _choice(choice: dict[str, Any], prompt: list[int]) -> Answer:
+    scored = [entry[str(token)]["logprob"] for entry, token in zip(choice["prompt_logprobs"][1:], prompt[1:], strict=True)]
+    return choice["token_ids"], [*scored, *choice["logprobs"]["token_logprobs"]]
+
+
+ENGINES = {"sglang": Sglang, "vllm": Vllm}
