@@ -54,10 +54,7 @@ def _hooks() -> dict[str, list[tuple[seams.Seam, Callable[..., Any]]]]:
     refused = [(seam, worker.refused_update(name)) for name, seam in seams.WEIGHT_UPDATES.items()]
     if seams.exists(seams.BEGIN_WEIGHT_UPDATE):
         refused.append((seams.BEGIN_WEIGHT_UPDATE, worker.refused_update("begin_weight_update")))
-    raising = [
-        (seam, worker.refused_call(seam.target.rpartition(".")[2]))
-        for seam in (*seams.SAVE_MODEL, seams.RELEASE_MEMORY, seams.RESUME_MEMORY)
-    ]
+    raising = [(seam, worker.refused_call(seam.target.rpartition(".")[2])) for seam in seams.RAISING]
     return {
         "AFTER": [(seams.ADD_CLI_ARGS, flags.add_flags), (seams.INIT_INFO, worker.tell_front_end)],
         "BEFORE": [(seams.RUN_HTTP_SERVER, routes.add_control_api)],

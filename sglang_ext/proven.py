@@ -24,7 +24,6 @@ UNPROVEN_MODES = (
     Mode("--moe-data-parallel-size", "moe_dp_size", one),
     Mode("--attention-context-parallel-size", "attn_cp_size", one),
     Mode("--dcp-size", "dcp_size", one),
-    Mode("--dwdp-size", "dwdp_size", one),
     Mode("--nnodes", "nnodes", one),
     Mode("--moe-a2a-backend", "moe_a2a_backend", among("none")),
     Mode("--enable-eplb", "enable_eplb", falsy),
@@ -44,7 +43,6 @@ UNPROVEN_MODES = (
     Mode("--use-ray", "use_ray", falsy),
     Mode("--encoder-only", "encoder_only", falsy),
     Mode("--enable-memory-saver", "enable_memory_saver", falsy),
-    Mode("--weight-cache-mode", "weight_cache_mode", among("off")),
     Mode("--custom-weight-loader", "custom_weight_loader", falsy),
     Mode("--checkpoint-engine-wait-weights-before-ready", "checkpoint_engine_wait_weights_before_ready", falsy),
     Mode(
@@ -64,10 +62,15 @@ UNPROVEN_MODES = (
     Mode("--enable-pdmux", "enable_pdmux", falsy),
     Mode("--dllm-algorithm", "dllm_algorithm", falsy),
 )
-FORMER_MODES = (Mode("--torchao-config", "torchao_config", falsy),)
-"""Modes that newer versions no longer have."""
+MODES_OF_SOME_VERSIONS = (
+    Mode("--torchao-config", "torchao_config", falsy),
+    Mode("--dwdp-size", "dwdp_size", one),
+    Mode("--weight-cache-mode", "weight_cache_mode", among("off")),
+)
+"""Modes that came after 0.5.16 or went before 0.5.23."""
 
 PROVEN_BACKENDS: dict[proven.Backend, str] = {
+    ("cuda", "GptOssForCausalLM", "mxfp4/triton_kernel"): "bench/results/sglang_gpu.json",
     ("cpu", "GptOssForCausalLM", "bf16/native"): "tests/engines",
     ("cpu", "Qwen3MoeForCausalLM", "bf16/native"): "tests/engines",
 }
@@ -84,8 +87,8 @@ def check_modes(server_args: Any) -> None:
         RefusedError: names the flag, and what was found.
         SeamError: a mode cannot be read in this version of SGLang.
     """
-    former = [mode for mode in FORMER_MODES if hasattr(server_args, mode.path)]
-    proven.check_modes([*UNPROVEN_MODES, *former], lambda name: seams.setting(server_args, name), seams.engine())
+    some = [mode for mode in MODES_OF_SOME_VERSIONS if hasattr(server_args, mode.path)]
+    proven.check_modes([*UNPROVEN_MODES, *some], lambda name: seams.setting(server_args, name), seams.engine())
     if seams.is_rust_server():
         raise proven.refusal("SGLANG_RUST_SERVER", seams.engine())
 

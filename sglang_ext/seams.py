@@ -41,7 +41,8 @@ RELEASE_MEMORY = Seam(
 )
 RESUME_MEMORY = Seam("tokenizer.resume_memory", "sglang.srt.managers.tokenizer_manager:TokenizerManager.resume_memory_occupation", ("obj",))
 FRONT_END = (
-    *PLUGINS, ADD_CLI_ARGS, FROM_CLI_ARGS, LAUNCH_SCHEDULERS, RUN_HTTP_SERVER, DUMPER_CONTROL, DUMPER_REQUEST, RELEASE_MEMORY, RESUME_MEMORY,
+    *PLUGINS, ADD_CLI_ARGS, FROM_CLI_ARGS, LAUNCH_SCHEDULERS, RUN_HTTP_SERVER, DUMPER_CONTROL, DUMPER_REQUEST,
+    RELEASE_MEMORY, RESUME_MEMORY,
 )  # fmt: skip
 """Checked when a softprune flag is parsed, and again when processes are launched."""
 
@@ -64,13 +65,13 @@ WEIGHT_UPDATES = {
 """Calls that change weights; each answers with `success` and `message`."""
 BEGIN_WEIGHT_UPDATE = Seam("scheduler.begin_weight_update", f"{_UPDATER}.begin_weight_update", ("recv_req",))
 """Since 0.5.19 or so; where it exists, it is refused as well."""
-SAVE_MODEL = tuple(
-    Seam(f"scheduler.{method}", f"sglang.srt.managers.scheduler:Scheduler.{method}")
-    for method in ("save_remote_model", "save_sharded_model")
-)
+SAVE_REMOTE_MODEL = Seam("scheduler.save_remote_model", "sglang.srt.managers.scheduler:Scheduler.save_remote_model")
+SAVE_SHARDED_MODEL = Seam("scheduler.save_sharded_model", "sglang.srt.managers.scheduler:Scheduler.save_sharded_model")
+RAISING = (SAVE_REMOTE_MODEL, SAVE_SHARDED_MODEL, RELEASE_MEMORY, RESUME_MEMORY)
+"""Calls whose callers report an exception: they would copy the mask into a checkpoint, or move the weights."""
 SCHEDULER = (
     LOAD_MODEL, INIT_INFO, HANDLE_DUMPER_CONTROL, DUMPER_ANSWER, EAGER, TOP_K, GPT_OSS_BLOCK, QWEN3_MOE_BLOCK,
-    *WEIGHT_UPDATES.values(), *SAVE_MODEL,
+    *WEIGHT_UPDATES.values(), SAVE_REMOTE_MODEL, SAVE_SHARDED_MODEL,
 )  # fmt: skip
 """Checked in every scheduler process before the model is loaded."""
 

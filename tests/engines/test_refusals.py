@@ -180,7 +180,7 @@ STARTS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "plugin not allowed": ({"VLLM_PLUGINS": "aaa_softprune_test"}, "unrecognized arguments: --expert-mask"),
     "routing is simulated": ({"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}, "would select experts without asking the routers"),
-    "workers serve something else": ({"SOFTPRUNE_TEST_LIE": "1"}, "worker 0: serves mask None, top_k 4; expected sha256:"),
+    "workers serve something else": ({"SOFTPRUNE_TEST_LIE": "1"}, "process 0: serves mask None, top_k 4; expected sha256:"),
     "mask vanishes": ({"SOFTPRUNE_TEST_VANISH": "MASK"}, "found No such file or directory; expected a readable mask file"),
 }
 

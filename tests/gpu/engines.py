@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,10 @@ class Engine:
     trial: str
     backend_flag: str
 
-    def __init__(self, on_gpu: bool) -> None:
-        self.on_gpu = on_gpu
+    def __init__(self, on_gpu: bool, python: str = sys.executable) -> None:
+        self.on_gpu, self.python = on_gpu, python
 
-    def start(self, row: Row, work: Path, masks: dict[str, str], port: int) -> Server:
+    def start(self, row: Row, work: Path, masks: dict[str, str], port: int, env: Mapping[str, str] | None = None) -> Server:
         """A server process for a row; not yet ready."""
         args = [*self.base_args(row, work / row.model, port), *row.args]
         if row.mask:
@@ -64,11 +64,12 @@ class Engine:
             args += ["--softprune-debug-routes"]
         path = [str(PLUGINS)] if row.patched or not self.on_gpu else []
         path += [] if self.on_gpu else [str(STAND_INS)] if self.name == "sglang" else []
-        env = {
+        shared = {
             "PYTHONPATH": ":".join([*path, os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1", "SOFTPRUNE_TEST_PROVEN": self.trial, **self.env(row),
+            "DO_NOT_TRACK": "1", "SOFTPRUNE_TEST_PROVEN": self.trial,
         }  # fmt: skip
-        return Server([*self.commands[row.command % len(self.commands)], *args], port, work / f"{row.name}.log", "proof", env)
+        command = [*self.commands[row.command % len(self.commands)], *args]
+        return Server(command, port, work / f"{row.name}.log", "proof", {**shared, **self.env(row), **(env or {})})
 
     def base_args(self, row: Row, model: Path, port: int) -> list[str]:
         raise NotImplementedError
@@ -88,7 +89,7 @@ class Sglang(Engine):
 
     @property
     def commands(self) -> tuple[tuple[str, ...], ...]:  # type: ignore[override]
-        module = (sys.executable, "-m", "sglang.launch_server")
+        module = (self.python, "-m", "sglang.launch_server")
         return (module, ("sglang", "serve")) if self.on_gpu else (module,)
 
     def base_args(self, row: Row, model: Path, port: int) -> list[str]:
@@ -98,7 +99,7 @@ class Sglang(Engine):
             args += ["--attention-backend", "fa3", "--mem-fraction-static", "0.85", "--cuda-graph-max-bs", "64"]
         else:
             attention = "torch_native" if row.model == "qwen" else "intel_amx"
-            args += ["--device", "cpu", "--attention-backend", attention, "--mem-fraction-static", "0.1", "--sampling-backend", "pytorch"]
+            args += ["--device", "cpu", "--attention-backend", attention, "--mem-fraction-static", "0.5", "--sampling-backend", "pytorch"]
             args += ["--disable-hybrid-swa-memory", "--grammar-backend", "none", "--moe-runner-backend", "triton"]
         return args if row.graphs and self.on_gpu else [*args, "--disable-cuda-graph", "--disable-radix-cache"]
 
@@ -126,7 +127,7 @@ class Vllm(Engine):
     @property
     def commands(self) -> tuple[tuple[str, ...], ...]:  # type: ignore[override]
         # CPU builds of vLLM have no working `vllm serve`.
-        return (("vllm", "serve"),) if self.on_gpu else ((sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"),)
+        return (("vllm", "serve"),) if self.on_gpu else ((self.python, "-m", "vllm.entrypoints.openai.api_server", "--model"),)
 
     def base_args(self, row: Row, model: Path, port: int) -> list[str]:
         args = [str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]

@@ -2,8 +2,10 @@
 
     python -m tests.gpu.figures ENGINE RESULTS.json
 
-A ratio is the median over rounds of one server's speed over another's in the same round; the unpatched server is booted
-twice, and the mean of both is what others are compared with.
+A ratio is the median speed of one server over the median of the unpatched ones, which are booted twice so that the noise
+between boots is known. A pass is left out of the medians (never out of the raw file) if it was slower than 0.9 of its
+server's best at that batch size: an engine that compiles a kernel for a new shape in the middle of a pass loses a second or two,
+whatever its mask. A ratio that fewer than three passes on either side are left for is no headline.
 """
 
 from __future__ import annotations
@@ -18,49 +20,54 @@ from softprune.bench.headline import record
 
 RESULTS = Path(__file__).parent.parent.parent / "bench" / "results"
 BATCHES = (1, 8, 32, 64)
+UNPATCHED = ("plain 1", "plain 2")
 RATIOS = {"mask.keep_all_over_unpatched": "all", "mask.keep24_over_unmasked": "keep24", "top_k.2_over_4": "top2"}
 """Headline name -> the server whose speed is divided by the unpatched ones'."""
+DISTURBED, ENOUGH = 0.9, 3
 
 
-def speeds(decode: dict[str, Any], row: str, batch: int) -> list[float]:
-    """Total tokens per second of a server, by round."""
+def passes(decode: dict[str, Any], row: str, batch: int) -> list[float]:
+    """Total tokens per second of a server's passes without streaming, by round."""
     rounds = sorted(name for name in decode if name.startswith(f"{row} round "))
     return [result["total_tok_s"]["median"] for name in rounds for result in decode[name]["results"] if result["batch"] == batch]
 
 
-def ratios(decode: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Each ratio with its rounds, and what two boots of the same server differ by."""
-    first, second = speeds(decode, "plain 1", batch), speeds(decode, "plain 2", batch)
-    unpatched = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
-    rows = {name: [a / b for a, b in zip(speeds(decode, row, batch), unpatched, strict=True)] for name, row in RATIOS.items()}
-    rows["unpatched.boot_2_over_boot_1"] = [b / a for a, b in zip(first, second, strict=True)]
-    return {name: {"median": statistics.median(values), "rounds": values} for name, values in rows.items()}
+def undisturbed(values: list[float]) -> list[float]:
+    """Those passes that no stall fell into."""
+    return [value for value in values if value >= DISTURBED * max(values)]
+
+
+def table(decode: dict[str, Any]) -> dict[str, Any]:
+    """Per batch size: every server's passes and median, and the ratios that can be told."""
+    result: dict[str, Any] = {}
+    for batch in BATCHES:
+        rows = {row: passes(decode, row, batch) for row in (*UNPATCHED, *RATIOS.values())}
+        kept = {row: undisturbed(values) for row, values in rows.items()}
+        unpatched = [value for row in UNPATCHED for value in kept[row]]
+        speeds = {row: {"median": statistics.median(kept[row]), "kept": len(kept[row]), "passes": rows[row]} for row in rows}
+        ratios = {
+            name: round(speeds[row]["median"] / statistics.median(unpatched), 4)
+            for name, row in RATIOS.items()
+            if min(len(kept[row]), len(unpatched)) >= ENOUGH
+        }
+        boots = [speeds[row]["median"] for row in UNPATCHED]
+        result[f"bs{batch}"] = {"tok_s": speeds, "ratios": ratios, "unpatched_boot_2_over_boot_1": round(boots[1] / boots[0], 4)}
+    return result
 
 
 def main(engine: str, source: Path) -> None:
     document = json.loads(source.read_text())
-    decode = document["decode"]
-    document["ratios"] = {f"bs{batch}": ratios(decode, batch) for batch in BATCHES}
-    document["tok_s"] = {
-        row: {f"bs{batch}": statistics.median(speeds(decode, row, batch)) for batch in BATCHES}
-        for row in ("plain 1", "plain 2", "all", "keep24", "top2")
-    }  # fmt: skip
-    for one in decode.values():
+    for one in document["decode"].values():
         for result in one["results"]:
             for repeat in result["repeats"]:
-                repeat.pop("streams", None)  # one line a stream; the figures above them are made of these
+                repeat.pop("streams", None)  # one record for each request; the figures are made of these
+    document["speed"] = table(document["decode"])
     raw = RESULTS / f"{engine}_gpu.json"
     raw.write_text(json.dumps(document, indent=1) + "\n")
-    for name in RATIOS:
-        for batch in BATCHES:
-            record(
-                RESULTS / "headline.json",
-                f"{engine}.{name}.bs{batch}",
-                round(document["ratios"][f"bs{batch}"][name]["median"], 4),
-                "ratio",
-                raw.name,
-            )
-    print(json.dumps({"tok_s": document["tok_s"], "ratios": document["ratios"]}, indent=1))
+    for batch, row in document["speed"].items():
+        for name, value in row["ratios"].items():
+            record(RESULTS / "headline.json", f"{engine}.{name}.{batch}", value, "ratio", raw.name)
+    print(json.dumps(document["speed"], indent=1))
 
 
 if __name__ == "__main__":

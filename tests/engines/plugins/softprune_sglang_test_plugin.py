@@ -1,6 +1,7 @@
 """A SGLang plugin for tests: changes the engine before softprune sees it, as environment variables say.
 
 SOFTPRUNE_TEST_CPU_ATTENTION=1     gpt-oss runs where there is no GPU (see `_attention`)
+SOFTPRUNE_TEST_STABLE_TOPK=1       expert selection on the CPU breaks ties by the smaller id, in descending order
 SOFTPRUNE_TEST_REMOVE=module:path  delete this attribute, as a new engine version might
 SOFTPRUNE_TEST_BREAK=role          softprune cannot be imported: "main" in the first process, "child" in all others
 SOFTPRUNE_TEST_RAISE=role          softprune's register() raises there
@@ -30,6 +31,8 @@ if ENV.get("SOFTPRUNE_TEST_RAISE") == ROLE:
 def register():
     if ENV.get("SOFTPRUNE_TEST_CPU_ATTENTION"):
         _attention()
+    if ENV.get("SOFTPRUNE_TEST_STABLE_TOPK"):
+        _stable_topk()
     if ENV.get("SOFTPRUNE_TEST_REMOVE"):
         _remove(*ENV["SOFTPRUNE_TEST_REMOVE"].split(":"))
     if ENV.get("SOFTPRUNE_TEST_SKIP_LAYER"):
@@ -62,6 +65,18 @@ def _attention():
 
 def _without_sinks(forward):
     return lambda *args, sinks=None, **kwargs: forward(*args, **kwargs)
+
+
+def _stable_topk():
+    import torch
+    from sglang.srt.layers.moe import topk as engine
+
+    def softmax_topk(hidden_states, gating_output, topk, renormalize, *args, **kwargs):
+        assert renormalize
+        values, ids = torch.sort(gating_output.float(), dim=-1, descending=True, stable=True)
+        return torch.softmax(values[:, :topk], dim=-1), ids[:, :topk].to(torch.int32)
+
+    engine.fused_topk_native = engine.fused_topk = softmax_topk
 
 
 def _remove(module, path):
