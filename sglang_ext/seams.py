@@ -65,6 +65,13 @@ WEIGHT_UPDATES = {
 """Calls that change weights; each answers with `success` and `message`."""
 BEGIN_WEIGHT_UPDATE = Seam("scheduler.begin_weight_update", f"{_UPDATER}.begin_weight_update", ("recv_req",))
 """Since 0.5.19 or so; where it exists, it is refused as well."""
+WEIGHT_UPDATER = Seam("scheduler.weight_updater", _UPDATER)
+OTHER_UPDATER_CALLS = (
+    "destroy_weights_update_group", "end_weight_update", "flush_cache_after_weight_update", "get_weights_by_name",
+    "record_weight_version_after_update", "release_memory_occupation", "resume_memory_occupation",
+    "save_remote_model", "save_sharded_model",
+)  # fmt: skip
+"""The updater's other public methods: harmless without those above, or refused elsewhere. The contract test reports a new one."""
 SAVE_REMOTE_MODEL = Seam("scheduler.save_remote_model", "sglang.srt.managers.scheduler:Scheduler.save_remote_model")
 SAVE_SHARDED_MODEL = Seam("scheduler.save_sharded_model", "sglang.srt.managers.scheduler:Scheduler.save_sharded_model")
 RAISING = (SAVE_REMOTE_MODEL, SAVE_SHARDED_MODEL, RELEASE_MEMORY, RESUME_MEMORY)

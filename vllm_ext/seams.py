@@ -39,6 +39,24 @@ QWEN3_MOE_BLOCK = Seam("model.qwen3_moe_block", "vllm.model_executor.models.qwen
 WORKER = (LOAD_MODEL, RELOAD_WEIGHTS, PROCESS_WEIGHTS, SELECT_EXPERTS, MOE_RUNNER, GPT_OSS_BLOCK, QWEN3_MOE_BLOCK)
 """Checked in every worker process before the model is loaded."""
 
+REFUSED_CALLS = (
+    "sleep", "wake_up", "discard", "checkpoint_prepare", "checkpoint_restore", "reset_weights", "init_weight_transfer_engine",
+    "start_weight_update", "start_draft_weight_update", "update_weights", "finish_weight_update", "save_sharded_state",
+    "save_tensorized_model", "elastic_ep_execute", "add_lora", "update_config",
+)  # fmt: skip
+"""Calls to a worker that would undo or copy a mask; not every version has all of them."""
+OTHER_CALLS = (
+    "annotate_profile", "apply_model", "check_health", "compile_or_warm_up_model", "compute_weight_checksums", "determine_available_memory",
+    "execute_dummy_batch", "execute_model", "get_cache_block_size_bytes", "get_compilation_match_table", "get_draft_model",
+    "get_encoder_timing_stats", "get_kv_cache_spec", "get_kv_connector_handshake_metadata", "get_model", "get_model_inspection",
+    "get_simple_cpu_offload_num_cpu_blocks", "get_supported_kv_cache_layouts", "get_supported_tasks", "handle_ft_command", "init_device",
+    "initialize_from_config", "list_loras", "load_model", "pin_lora", "profile", "randomize_dummy_inputs",
+    "release_late_interaction_query_cache", "reload_weights", "remove_lora", "reset_encoder_cache", "reset_mm_cache", "sample_tokens",
+    "set_kv_cache_layout", "shutdown", "shutdown_weight_transfer_engine", "sleep_mode_backend", "supports_draft_weight_updates",
+    "synchronize_device", "take_draft_token_ids", "update_max_model_len", "vocab_size",
+)  # fmt: skip
+"""A worker's other public methods: they leave the routers alone, or softprune follows them. The contract test reports a new one."""
+
 GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 

@@ -142,11 +142,7 @@ def _refused(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-for _name in (
-    "sleep", "wake_up", "discard", "checkpoint_prepare", "checkpoint_restore", "reset_weights", "init_weight_transfer_engine",
-    "start_weight_update", "start_draft_weight_update", "update_weights", "finish_weight_update", "save_sharded_state",
-    "save_tensorized_model", "elastic_ep_execute", "add_lora", "update_config",
-):  # fmt: skip
+for _name in seams.REFUSED_CALLS:
     setattr(ExpertMaskWorker, _name, _refused(_name))
 
 

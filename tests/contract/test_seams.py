@@ -121,6 +121,20 @@ def test_sglang_weight_update_can_be_answered(seam: Seam) -> None:
         static.check(package, f"sglang.srt.managers.io_struct:{request.removesuffix('Input')}Output", ("success", "message"))
 
 
+@pytest.mark.parametrize("engine", uses.KNOWN_CALLS)
+def test_no_new_call_can_change_weights_unseen(engine: str) -> None:
+    """A public method that softprune has never looked at might undo a mask."""
+    target, known = uses.KNOWN_CALLS[engine]
+    with reported(engine, f"public methods of {target}") as package:
+        (found,) = static.find(package, target)
+        public = {
+            node.name for one in static.classes(package, found) for node in static.class_of(one).body if isinstance(node, Function)
+        }  # fmt: skip
+        new = sorted(name for name in public if not name.startswith("_") and name not in known)
+        if new:
+            raise static.MissingError(f"new: {', '.join(new)}; decide whether a masked engine must refuse them")
+
+
 @functools.cache
 def settings(package: Package) -> set[str]:
     """Fields of ServerArgs, wherever this version declares them."""

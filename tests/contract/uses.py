@@ -66,3 +66,12 @@ BLOCK_ATTRIBUTES = {
     "sglang": [(site.block, name) for site in sglang_routers.SITES.values() for name in (site.router, "topk", "experts")],
 }
 """What `routers.py` reads in an architecture's MoE block."""
+
+KNOWN_CALLS = {
+    "vllm": ("vllm.v1.worker.gpu_worker:Worker", {*vllm_seams.REFUSED_CALLS, *vllm_seams.OTHER_CALLS}),
+    "sglang": (
+        sglang_seams.WEIGHT_UPDATER.target,
+        {*sglang_seams.WEIGHT_UPDATES, "begin_weight_update", *sglang_seams.OTHER_UPDATER_CALLS},
+    ),
+}
+"""Class whose public methods can touch a model's weights -> those that softprune has looked at."""

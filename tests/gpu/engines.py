@@ -104,7 +104,8 @@ class Sglang(Engine):
         return args if row.graphs and self.on_gpu else [*args, "--disable-cuda-graph", "--disable-radix-cache"]
 
     def env(self, row: Row) -> dict[str, str]:
-        env = {} if self.on_gpu else {"SOFTPRUNE_TEST_CPU_ATTENTION": "1"}
+        # One thread: several servers share few cores, and PyTorch's threads wait for each other by spinning.
+        env = {} if self.on_gpu else {"SOFTPRUNE_TEST_CPU_ATTENTION": "1", "OMP_NUM_THREADS": "1"}
         return env if row.patched else {**env, "SGLANG_PLUGINS": "none" if self.on_gpu else "aaa_softprune_test"}
 
     def ask(self, server: Server, prompts: Sequence[list[int]], max_tokens: int) -> list[Answer]:

@@ -36,11 +36,11 @@ def server() -> Iterator[FakeServer]:
 
 
 def passes(url: str, work: Workload, api: Api, stream: bool, batch: int, good: Callable[[Repeat], bool]) -> Repeat:
-    """The first pass that is good, of at most six: a busy machine spoils one of them, a wrong client all."""
+    """The first pass that is good, of at most ten: a busy machine spoils some of them, a wrong client all."""
 
     async def run() -> Repeat:
         async with DecodeClient(url, work, api, stream) as client:
-            for repeat in range(1, 7):
+            for repeat in range(1, 11):
                 result = await client.run_batch(batch, repeat)
                 if good(result):
                     break
@@ -72,10 +72,13 @@ def test_streaming_figures(server: FakeServer, api: Api, batch: int, first_token
         "ttft_s": first, "inter_token": step * 1e3,
     }  # fmt: skip
     work = Workload(prompt_tokens=16, max_new_tokens=length)
-    result = passes(server.url, work, api, True, batch, lambda result: is_good(result.figures(), known, 0.01))
-    figures = result.figures()
-    assert is_good(figures, known, 0.01), (known, {**figures, "streams": ...})
-    assert [len(stream.arrivals) for stream in result.streams] == [1 + 32 // chunk] * batch
+    arrivals = [1 + 32 // chunk] * batch  # on a busy machine, two chunks may come together
+
+    def good(result: Repeat) -> bool:
+        return is_good(result.figures(), known, 0.01) and [len(stream.arrivals) for stream in result.streams] == arrivals
+
+    result = passes(server.url, work, api, True, batch, good)
+    assert good(result), (known, {**result.figures(), "streams": [len(stream.arrivals) for stream in result.streams]})
     assert all(len(stream.inter_token_ms) == 32 for stream in result.streams)
 
 

@@ -10,6 +10,7 @@ import sys
 def main(model, mask):
     import sglang
 
+    from softprune.errors import SoftpruneError
     from softprune.sglang_ext import engine_args
 
     common = {
@@ -26,7 +27,7 @@ def main(model, mask):
         engine.shutdown()
     try:
         engine_args(model, expert_mask="missing.json")
-    except Exception as error:
+    except SoftpruneError as error:
         found["broken"] = f"{type(error).__name__}: {error}"
     print(json.dumps(found))
 
