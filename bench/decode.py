@@ -11,42 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import ipaddress
-import json
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
-from urllib.parse import urlsplit
-
-import aiohttp
 
 from softprune import __version__
-from softprune.bench.errors import (
-    BenchmarkError,
-    HttpStatusError,
-    LengthError,
-    ServerGoneError,
-    ServerReportedError,
-    StallError,
-    gone,
-)
+from softprune.bench.client import DecodeClient
+from softprune.bench.errors import BenchmarkError, HttpStatusError, LengthError, ServerGoneError, ServerReportedError, StallError
 from softprune.bench.figures import Repeat, Stream, quantiles, spread, summary
-from softprune.bench.prompts import (
-    PATHS,
-    Api,
-    Counts,
-    ReportedError,
-    Workload,
-    counts_of_answer,
-    counts_of_event,
-    pathless,
-    sglang_flags,
-)
-from softprune.control import KEY_HEADER, PREFIX, client_key
-from softprune.errors import InputError, shortened
+from softprune.bench.prompts import Api, Workload, pathless
+from softprune.errors import InputError
 
 __all__ = [
     "BenchmarkError", "DecodeClient", "HttpStatusError", "LengthError", "Repeat", "ServerGoneError", "ServerReportedError",
@@ -54,181 +30,6 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT, VERSION = "softprune.decode-benchmark", 1
-
-
-class DecodeClient:
-    """Sends passes to one server; an async context manager.
-
-    Args:
-        url: the server, e.g. http://127.0.0.1:30000.
-        workload: what to send.
-        api: "sglang" (POST /generate), "openai" (POST /v1/completions), or "auto": SGLang's own for SGLang, else OpenAI's.
-        stream: False asks for whole answers, which costs servers less and gives throughput only.
-        key: softprune's key; else the one that a server on this machine left, never sent elsewhere.
-        stall_seconds: longest silence of a connection; without streaming, the longest answer.
-
-    Attributes, once entered:
-        api: the API in use.
-        engine: {"name", "version"}, values None if unknown.
-        model: its name or path's last component.
-        flags: what the server says of its settings and may change a figure.
-
-    Entering raises BenchmarkError.
-    """
-
-    def __init__(
-        self, url: str, workload: Workload, api: Api | Literal["auto"] = "auto", stream: bool = True, *, key: str | None = None,
-        stall_seconds: float = 60.0,
-    ) -> None:  # fmt: skip
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError("--url", "", shortened(url), "http://HOST:PORT")
-        self._url, self.workload, self.stream, self._stall = url.rstrip("/"), workload, stream, stall_seconds
-        self.loopback = _is_loopback(parts.hostname)
-        self._key = key or (client_key(parts.port or (443 if parts.scheme == "https" else 80)) if self.loopback else None)
-        self._asked_api = api
-        self.api: Api = "openai"
-        self.engine: dict[str, str | None] = {"name": None, "version": None}
-        self.model: str | None = None
-        self.flags: dict[str, Any] = {}
-        self._model_name: str | None = None
-
-    async def __aenter__(self) -> DecodeClient:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._stall, sock_read=self._stall)
-        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=timeout, headers=headers, read_bufsize=1 << 20
-        )
-        try:
-            await self._look()
-        except BaseException:
-            await self._session.close()
-            raise
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
-
-    async def run_batch(self, batch: int, repeat: int) -> Repeat:
-        """One pass.
-
-        Raises:
-            BenchmarkError: its subclass says what went wrong, its fields where. The other streams are given up.
-        """
-        work, place = self.workload, (batch, repeat)
-        bodies = [work.body(self.api, self._model_name, self.stream, work.prompt(batch, repeat, index)) for index in range(batch)]
-        await asyncio.gather(*(self._get("/v1/models", place=place) for _ in bodies))  # opens one connection each
-        cpu, start = time.process_time(), time.perf_counter()
-        tasks = [asyncio.create_task(self._request(batch, repeat, index, body, start)) for index, body in enumerate(bodies)]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            failed = [task for task in tasks if task.done() and task.exception()]
-            streams = tuple([await task for task in failed or tasks])
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        share = (time.process_time() - cpu) / (time.perf_counter() - start)
-        return Repeat(batch, repeat, streams, share)
-
-    async def _request(self, batch: int, repeat: int, index: int, body: bytes, start: float) -> Stream:
-        place = (batch, repeat, index)
-        arrivals: list[tuple[float, int]] = []
-        sent = time.perf_counter()
-        try:
-            async with self._session.post(self._url + PATHS[self.api], data=body) as response:
-                if response.status != 200:
-                    text = shortened(pathless((await response.text(errors="replace"))[:500]))
-                    raise HttpStatusError(*place, f"HTTP {response.status} with body {text}", "HTTP 200")
-                if self.stream:
-                    counts, arrivals = await self._read(response.content, place)
-                else:
-                    counts = counts_of_answer(self.api, await response.read())
-                ended = time.perf_counter()
-        except ReportedError as error:
-            raise ServerReportedError(*place, f"the server's error {shortened(pathless(str(error)[:500]))}", "an answer") from None
-        except aiohttp.ServerTimeoutError:
-            raise StallError(*place, f"no bytes for {self._stall:g} s", "some, or a larger --stall-seconds") from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise ServerGoneError(*place, gone(error), f"{self.workload.max_new_tokens} tokens and an end mark") from None
-        asked = self.workload
-        for what, found, expected in (
-            ("generated", counts.generated, asked.max_new_tokens), ("prompt", counts.prompt, asked.prompt_tokens),
-        ):  # fmt: skip
-            if found != expected:
-                raise LengthError(*place, f"{found} {what} tokens (finish reason {counts.finish})", str(expected))
-        times = tuple((at - start, tokens) for at, tokens in arrivals)
-        return Stream(index, asked.prompt_tokens, counts.cached, counts.generated, sent - start, ended - start, times)
-
-    async def _read(self, content: aiohttp.StreamReader, place: tuple[int, int, int]) -> tuple[Counts, list[tuple[float, int]]]:
-        """Follow server-sent events to their end mark: the last full counts, and when the tokens came."""
-        counts, rest, had, done = Counts(0), b"", 0, False
-        arrivals: list[tuple[float, int]] = []
-        async for data in content.iter_any():
-            now = time.perf_counter()
-            *events, rest = (rest + data).split(b"\n\n")
-            for event in events:
-                if event == b"data: [DONE]":
-                    done = True
-                elif event.startswith(b"data: "):
-                    counts = counts.then(counts_of_event(self.api, event[6:]))
-            if counts.generated > had:
-                had = counts.generated
-                arrivals.append((now, had))
-        if not done:
-            raise ServerGoneError(*place, f"the end of the stream after {had} tokens", "an end mark (data: [DONE])")
-        return counts, arrivals
-
-    async def _look(self) -> None:
-        """Find out which engine this is, and what it says of itself."""
-        status, about = await self._get("/version")
-        if status == 200 and isinstance(about, dict) and "version" in about:
-            self.engine = {"name": "vLLM", "version": str(about["version"])}
-        else:
-            for path in ("/server_info", "/get_server_info"):
-                status, about = await self._get(path)
-                if status == 200 and isinstance(about, dict) and "version" in about:
-                    self._take_sglang(about)
-                    break
-        if self._asked_api != "auto":
-            self.api = self._asked_api
-        elif self.engine["name"] is None:
-            found = "no version at vLLM's /version or SGLang's /server_info"
-            raise BenchmarkError(None, None, None, found, "one of these servers, or --api sglang or openai")
-        _, models = await self._get("/v1/models")
-        if isinstance(models, dict) and models.get("data"):
-            model = models["data"][0]
-            self._model_name = str(model.get("id"))
-            self.model = self.model or pathless(str(model.get("root") or model.get("id")))
-            if model.get("max_model_len") is not None:
-                self.flags["max_model_len"] = model["max_model_len"]
-
-    def _take_sglang(self, about: dict[str, Any]) -> None:
-        self.engine = {"name": "SGLang", "version": str(about["version"])}
-        self.api = "sglang"
-        self.model = pathless(about.get("model_path"))
-        self.flags = sglang_flags(about)
-
-    async def softprune_status(self) -> dict[str, Any] | None:
-        """softprune's own view of what is served, or None if it is not there or does not know the key."""
-        status, body = await self._get(f"{PREFIX}/status", {KEY_HEADER: self._key} if self._key else None)
-        if status != 200 or not isinstance(body, dict):
-            return None
-        return body
-
-    async def _get(self, path: str, headers: dict[str, str] | None = None, place: tuple[int, int] | None = None) -> tuple[int, Any]:
-        batch, repeat = place or (None, None)
-        try:
-            async with self._session.get(self._url + path, headers=headers) as response:
-                body = await response.read()
-        except aiohttp.ServerTimeoutError:
-            raise StallError(batch, repeat, None, f"no answer to {path} for {self._stall:g} s", "one") from None
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise ServerGoneError(batch, repeat, None, gone(error), "a server that listens") from None
-        try:
-            return response.status, json.loads(body)
-        except ValueError:
-            return response.status, None
 
 
 @dataclass(frozen=True)
@@ -328,10 +129,3 @@ def _local_gpus() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return ", ".join(sorted({name.strip() for name in names if name.strip()})) or None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

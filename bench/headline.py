@@ -22,7 +22,7 @@ class Figure(TypedDict):
     """One measured claim.
 
     Attributes:
-        value, unit: the number, and what it counts ("x" for a ratio).
+        value, unit: the number, and what it counts ("ratio", "ms", "MiB", …).
         raw: file with all samples, relative to the folder of headline.json.
         date: UTC date of the entry, ISO.
     """

@@ -44,7 +44,10 @@ class ControlApi(ABC):
         if scope["type"] == "http":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if path == PREFIX or path.startswith(PREFIX + "/"):
-                status, body = await self._answer(scope, path.removeprefix(PREFIX))
+                try:
+                    status, body = await self._answer(scope, path.removeprefix(PREFIX))
+                except RefusedError as error:
+                    status, body = 409, error_body("refused", str(error))
                 await _send_json(send, status, body)
                 return
         await self.app(scope, receive, send)

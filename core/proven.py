@@ -54,6 +54,11 @@ def refusal(name: str, engine: str) -> RefusedError:
     )
 
 
+def undoing(name: str) -> str:
+    """Why a call to a masked engine is refused."""
+    return f"{name} is refused while softprune masks this engine's routers: it would undo or copy the mask"
+
+
 def check_modes(modes: Iterable[Mode], read: Callable[[str], Any], engine: str) -> None:
     """Refuse a mode that masks are not proven with.
 

@@ -56,8 +56,8 @@ class Seam:
         module_name, _, path = self.target.partition(":")
         try:
             found: Any = importlib.import_module(module_name)
-        except ImportError as error:
-            raise self.missing(f"cannot import {module_name} ({error})") from error
+        except Exception as error:  # an engine's module may fail in any way: a missing library, a failed assertion
+            raise self.missing(f"cannot import {module_name} ({type(error).__name__}: {error})") from error
         for part in path.split("."):
             if not hasattr(found, part):
                 raise self.missing(f"{self.target} has no {part!r}")

@@ -88,8 +88,16 @@ def read_flags(original: Callable[..., Any], cls: Any, args: argparse.Namespace)
     if key:
         os.environ[KEY_ENV] = key  # not an argument: SGLang logs those
     if given:
+        proven.check_front_end(args)
         args.json_model_override_args = _with_request(args.json_model_override_args, given, args.model_path, args.revision)
     return original(cls, args)
+
+
+def hide_key(server_args: Any, argv: list[str]) -> None:
+    """After `prepare_server_args`: newer versions keep the command line, and show it to whoever asks for the server's settings."""
+    command, key = getattr(server_args, "_launch_command", None), os.environ.get(KEY_ENV)
+    if isinstance(command, str) and key and any(KEY_OPTION in argument for argument in argv):
+        server_args._launch_command = command.replace(key, "***")
 
 
 def _with_request(overrides: str, given: dict[str, Any], model: str, revision: str | None) -> str:
@@ -105,11 +113,24 @@ def _with_request(overrides: str, given: dict[str, Any], model: str, revision: s
     return json.dumps({**launch.with_top_k(own, OVERRIDES), CONFIG_KEY: launch.model_dump()})
 
 
+def launch_subprocesses(original: Callable[..., Any], cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the start of all processes: refuse a front end that starts its scheduler processes in another way."""
+    server_args = kwargs["server_args"] if "server_args" in kwargs else args[0]
+    if launch_in(seams.setting(server_args, OVERRIDES)) is not None:
+        ours = seams.LAUNCH_SCHEDULERS.resolve().__func__
+        if getattr(cls._launch_scheduler_processes, "__func__", None) is not ours:
+            raise proven.refusal(f"{cls.__name__}, which starts scheduler processes in its own way,")
+    return original(cls, *args, **kwargs)
+
+
 def launch_schedulers(original: Callable[..., Any], cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Around the start of the scheduler processes: refuse unproven modes, and go on only if each serves what was asked for."""
+    from softprune.sglang_ext.hooks import check_applied
+
     launch = launch_in(seams.setting(server_args, OVERRIDES))
     if launch is None:
         return original(cls, server_args, *args, **kwargs)
+    check_applied()
     proven.check_modes(server_args)
     result, processes = original(cls, server_args, *args, **kwargs)
     wait = seams.attribute(result, "wait_for_ready", seams.LAUNCH_SCHEDULERS.name)
@@ -121,7 +142,7 @@ def launch_schedulers(original: Callable[..., Any], cls: Any, server_args: Any, 
             if len(infos) != len(processes):
                 raise RefusedError(f"{len(infos)} of {len(processes)} scheduler processes said what they serve")
             for rank, info in enumerate(infos):
-                check_served(launch, rank, info.get(CONFIG_KEY))
+                check_served(launch, rank, info.pop(CONFIG_KEY, None))  # not for GET /server_info, which asks for no key
         except RefusedError:
             for process in processes:
                 process.kill()

@@ -7,6 +7,7 @@ nothing before every scheduler process has said which mask it serves.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -41,13 +42,23 @@ def check_applied() -> None:
         SeamError: SGLang could not apply one; its log says why.
     """
     seams.check(seams.FRONT_END)
-    patched = seams.PATCHED.resolve()
     for hooks in _hooks().values():
-        for seam, _ in hooks:
-            if seam.dotted not in patched:
+        for seam, hook in hooks:
+            if not _wraps(seam.resolve(), hook):
                 raise seam.missing(f"SGLang did not apply softprune's hook to {seam.dotted}; its log says why")
 
 
+def _wraps(function: Any, hook: Callable[..., Any]) -> bool:
+    """Whether a hook is in the chain of wrappers that SGLang's registry has put around a function."""
+    function = getattr(function, "__func__", function)
+    while function is not None:
+        if any(cell.cell_contents is hook for cell in function.__closure__ or ()):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+@functools.cache
 def _hooks() -> dict[str, list[tuple[seams.Seam, Callable[..., Any]]]]:
     from softprune.sglang_ext import flags, routes, worker
 
@@ -56,10 +67,15 @@ def _hooks() -> dict[str, list[tuple[seams.Seam, Callable[..., Any]]]]:
         refused.append((seams.BEGIN_WEIGHT_UPDATE, worker.refused_update("begin_weight_update")))
     raising = [(seam, worker.refused_call(seam.target.rpartition(".")[2])) for seam in seams.RAISING]
     return {
-        "AFTER": [(seams.ADD_CLI_ARGS, flags.add_flags), (seams.INIT_INFO, worker.tell_front_end)],
+        "AFTER": [
+            (seams.ADD_CLI_ARGS, flags.add_flags),
+            (seams.PREPARE_ARGS, flags.hide_key),
+            (seams.INIT_INFO, worker.tell_front_end),
+        ],
         "BEFORE": [(seams.RUN_HTTP_SERVER, routes.add_control_api)],
         "AROUND": [
             (seams.FROM_CLI_ARGS, flags.read_flags),
+            (seams.LAUNCH_SUBPROCESSES, flags.launch_subprocesses),
             (seams.LAUNCH_SCHEDULERS, flags.launch_schedulers),
             (seams.LOAD_MODEL, worker.load_model),
             (seams.HANDLE_DUMPER_CONTROL, worker.answer),

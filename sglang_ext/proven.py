@@ -50,6 +50,10 @@ UNPROVEN_MODES = (
         "remote_instance_weight_loader_start_seed_via_transfer_engine",
         falsy,
     ),
+    Mode("--enable-hierarchical-cache", "enable_hierarchical_cache", falsy),
+    Mode("--hicache-storage-backend", "hicache_storage_backend", falsy),
+    Mode("--enable-lmcache", "enable_lmcache", falsy),
+    Mode("--enable-flexkv", "enable_flexkv", falsy),
     Mode("--disaggregation-mode", "disaggregation_mode", among("null")),
     Mode("--load-format", "load_format", among("auto", "safetensors")),
     Mode("--model-impl", "model_impl", among("auto", "sglang")),
@@ -66,6 +70,7 @@ MODES_OF_SOME_VERSIONS = (
     Mode("--torchao-config", "torchao_config", falsy),
     Mode("--dwdp-size", "dwdp_size", one),
     Mode("--weight-cache-mode", "weight_cache_mode", among("off")),
+    Mode("--startup-weight-load-mode", "startup_weight_load_mode", lambda mode: mode != "overlap"),
 )
 """Modes that came after 0.5.16 or went before 0.5.23."""
 
@@ -89,8 +94,33 @@ def check_modes(server_args: Any) -> None:
     """
     some = [mode for mode in MODES_OF_SOME_VERSIONS if hasattr(server_args, mode.path)]
     proven.check_modes([*UNPROVEN_MODES, *some], lambda name: seams.setting(server_args, name), seams.engine())
-    if seams.is_rust_server():
-        raise proven.refusal("SGLANG_RUST_SERVER", seams.engine())
+    _check_environment()
+
+
+def check_front_end(args: Any) -> None:
+    """Refuse front ends that start their processes past softprune's hooks.
+
+    Args:
+        args: the parsed command line, before SGLang makes anything of it.
+
+    Raises:
+        RefusedError: names the flag or the environment variable.
+    """
+    for name in ("use_ray", "encoder_only", "grpc_mode", "smg_grpc_mode"):
+        if getattr(args, name, False):
+            raise refusal(f"--{name.replace('_', '-')}")
+    _check_environment()
+
+
+def refusal(name: str) -> RefusedError:
+    """The error for a setting that nobody has proven in this version."""
+    return proven.refusal(name, seams.engine())
+
+
+def _check_environment() -> None:
+    for variable in ("SGLANG_RUST_SERVER", "SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS"):
+        if seams.switched_on(variable):
+            raise refusal(variable)
 
 
 def check_backend(platform: str, architecture: str, backend: str, top_k: int) -> None:

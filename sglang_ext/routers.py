@@ -6,6 +6,7 @@ graph is captured: the GEMM then adds it in its epilogue.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +15,10 @@ from torch import nn
 
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import RefusedError
-from softprune.runtime.blocks import blocks_by_layer, check_router_bias, check_router_weight
+from softprune.runtime.blocks import Site, blocks_by_layer, check_router_bias, router_weights, site_of
 from softprune.runtime.masked_model import RouterWeights
 from softprune.runtime.router_mask import Router
 from softprune.sglang_ext import seams
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an architecture's MoE block keeps its router.
-
-    Attributes:
-        block: the block's class.
-        router: the router's attribute in the block.
-        has_bias: whether the checkpoint has a router bias.
-    """
-
-    block: seams.Seam
-    router: str
-    has_bias: bool
-
 
 SITES = {
     "GptOssForCausalLM": Site(seams.GPT_OSS_BLOCK, "router", has_bias=True),
@@ -61,9 +46,7 @@ def find(model: nn.Module, spec: ModelSpec) -> list[MoeLayer]:
         RefusedError: the architecture has no proven place for a mask, or a layer is missing here.
         SeamError: a block does not look as expected.
     """
-    site = SITES.get(spec.architecture)
-    if site is None:
-        raise RefusedError(f"architecture {spec.architecture}: no proven place for a mask in {seams.engine()}; proven: {', '.join(SITES)}")
+    site = site_of(SITES, spec, seams.engine())
     return [
         MoeLayer(
             f"{name}.{site.router}",
@@ -77,14 +60,8 @@ def find(model: nn.Module, spec: ModelSpec) -> list[MoeLayer]:
 
 
 def weights(layer: MoeLayer, spec: ModelSpec) -> RouterWeights:
-    """A layer's router as loaded, for the fingerprint.
-
-    Raises:
-        SeamError: the gate does not look as expected.
-        RefusedError: its shape is not the model's.
-    """
-    weight = check_router_weight(layer.name, seams.attribute(layer.gate, "weight", _SEAM), spec)
-    return weight, seams.attribute(layer.gate, "bias", _SEAM).data if layer.has_bias else None
+    """A layer's router as loaded; see `router_weights`."""
+    return router_weights(layer.name, layer.gate, layer.has_bias, spec, "sglang")
 
 
 def attach(layer: MoeLayer, spec: ModelSpec) -> Router:
@@ -112,10 +89,14 @@ def selected_top_k(layer: MoeLayer) -> int:
         RefusedError: it selects by something else than the router's logits.
     """
     config = seams.attribute(layer.top_k, "topk_config", seams.TOP_K.name)
-    for name in ("use_grouped_topk", "custom_routing_function", "correction_bias", "num_fused_shared_experts"):
-        value = getattr(config, name, None)
-        if value is not None and value is not False and value != 0:
-            raise RefusedError(f"{layer.name}: experts are selected with {name}; expected by the router's logits alone")
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    names = ["use_grouped_topk", "custom_routing_function", "correction_bias", "scoring_func"]
+    # Since 0.5.19 or so, fused shared experts have a configuration of their own.
+    names.append("shared_experts" if "shared_experts" in defaults else "num_fused_shared_experts")
+    for name in names:
+        value = seams.attribute(config, name, seams.TOP_K.name)
+        if isinstance(value, torch.Tensor) or value != defaults[name]:
+            raise RefusedError(f"{layer.name}: experts are selected with {name}; expected by the softmax of the router's logits alone")
     return int(seams.attribute(config, "top_k", seams.TOP_K.name))
 
 
@@ -133,19 +114,32 @@ def backend_of(layer: MoeLayer) -> str:
     return f"{stored}/{backend.value}"
 
 
-def selected_ids(inputs: tuple[Any, ...], output: Any, top_k: int) -> torch.Tensor | None:
+def selected_ids(output: Any, top_k: int) -> torch.Tensor | None:
     """What a top-k module selected: ids [n, top_k], or None where a fused kernel keeps its selection to itself.
 
     Args:
-        inputs: (hidden states [n, hidden], logits [n, num_experts], …).
         output: what the module returned.
         top_k: experts for each token.
+
+    Raises:
+        SeamError: the output is of an unknown kind.
     """
     if hasattr(output, "topk_ids"):
         ids: torch.Tensor = output.topk_ids
         return ids
-    if hasattr(output, "routing_data"):  # triton_kernels: rows sorted by expert, and where each came from
-        histogram = output.routing_data.expt_hist
-        experts = torch.arange(len(histogram), device=histogram.device).repeat_interleave(histogram)
-        return torch.empty_like(experts).scatter_(0, output.gather_indx.src_indx.long(), experts).view(-1, top_k)
-    return None
+    # triton_kernels: tokens' selections sorted by expert, and for each the place that it came from.
+    if hasattr(output, "routing_data"):
+        return _unsorted(output.routing_data.expt_hist, output.gather_indx.src_indx, top_k)
+    if hasattr(output, "a_ragged_metadata"):
+        return _unsorted(output.a_ragged_metadata.slice_sizes, output.scatter_indx, top_k)
+    if type(output).__name__ == "BypassedTopKOutput":
+        return None
+    raise seams.TOP_K.missing(f"it returns a {type(output).__name__}")
+
+
+def _unsorted(histogram: torch.Tensor, origins: torch.Tensor, top_k: int) -> torch.Tensor:
+    experts = torch.arange(len(histogram), device=histogram.device).repeat_interleave(histogram)
+    flat = torch.full((len(origins),), -1, device=histogram.device, dtype=experts.dtype)
+    flat.scatter_(0, origins[: len(experts)].long(), experts)
+    rows = flat.view(-1, top_k)
+    return rows[rows[:, 0] >= 0]  # rows of padding select nothing

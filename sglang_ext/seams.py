@@ -23,11 +23,12 @@ attribute = partial(seams.attribute, package="sglang")
 
 LOAD_PLUGINS = Seam("plugins.load", "sglang.srt.plugins:load_plugins")
 HOOK_REGISTRY = Seam("plugins.hook_registry", "sglang.srt.plugins.hook_registry:HookRegistry.register", ("target", "hook", "hook_type"))
-PATCHED = Seam("plugins.patched", "sglang.srt.plugins.hook_registry:HookRegistry._patched")
-PLUGINS = (LOAD_PLUGINS, HOOK_REGISTRY, PATCHED)
+PLUGINS = (LOAD_PLUGINS, HOOK_REGISTRY)
 
 ADD_CLI_ARGS = Seam("cli.add_args", "sglang.srt.server_args:ServerArgs.add_cli_args", ("parser",))
 FROM_CLI_ARGS = Seam("cli.from_args", "sglang.srt.server_args:ServerArgs.from_cli_args", ("args",))
+PREPARE_ARGS = Seam("cli.prepare_args", "sglang.srt.server_args:prepare_server_args", ("argv",))
+LAUNCH_SUBPROCESSES = Seam("engine.launch_subprocesses", "sglang.srt.entrypoints.engine:Engine._launch_subprocesses", ("server_args",))
 LAUNCH_SCHEDULERS = Seam(
     "engine.launch_schedulers", "sglang.srt.entrypoints.engine:Engine._launch_scheduler_processes", ("server_args", "port_args")
 )
@@ -41,10 +42,10 @@ RELEASE_MEMORY = Seam(
 )
 RESUME_MEMORY = Seam("tokenizer.resume_memory", "sglang.srt.managers.tokenizer_manager:TokenizerManager.resume_memory_occupation", ("obj",))
 FRONT_END = (
-    *PLUGINS, ADD_CLI_ARGS, FROM_CLI_ARGS, LAUNCH_SCHEDULERS, RUN_HTTP_SERVER, DUMPER_CONTROL, DUMPER_REQUEST,
-    RELEASE_MEMORY, RESUME_MEMORY,
+    *PLUGINS, ADD_CLI_ARGS, FROM_CLI_ARGS, PREPARE_ARGS, LAUNCH_SUBPROCESSES, LAUNCH_SCHEDULERS, RUN_HTTP_SERVER,
+    DUMPER_CONTROL, DUMPER_REQUEST, RELEASE_MEMORY, RESUME_MEMORY,
 )  # fmt: skip
-"""Checked when a softprune flag is parsed, and again when processes are launched."""
+"""Checked before the flags are added, when processes are launched, and in every scheduler process."""
 
 LOAD_MODEL = Seam("scheduler.load_model", "sglang.srt.model_executor.model_runner:ModelRunner.load_model")
 INIT_INFO = Seam("scheduler.init_info", "sglang.srt.managers.scheduler:Scheduler.get_init_info")
@@ -62,7 +63,12 @@ WEIGHT_UPDATES = {
         "update_weights_from_ipc", "check_weights",
     )
 }  # fmt: skip
-"""Calls that change weights; each answers with `success` and `message`."""
+_SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
+WEIGHT_UPDATES |= {
+    method: Seam(f"scheduler.{method}", f"{_SCHEDULER}.{method}", ("recv_req",))
+    for method in ("init_weights_send_group_for_remote_instance", "send_weights_to_remote_instance")
+}
+"""Calls that change weights or hand them, masked, to another server; each answers with `success` and `message`."""
 BEGIN_WEIGHT_UPDATE = Seam("scheduler.begin_weight_update", f"{_UPDATER}.begin_weight_update", ("recv_req",))
 """Since 0.5.19 or so; where it exists, it is refused as well."""
 WEIGHT_UPDATER = Seam("scheduler.weight_updater", _UPDATER)
@@ -128,6 +134,6 @@ def platform(model_runner: Any) -> str:
     return "hip" if is_hip() else str(attribute(model_runner, "device", LOAD_MODEL.name))
 
 
-def is_rust_server() -> bool:
-    """Whether the embedded Rust server would answer instead of the Python one."""
-    return os.environ.get("SGLANG_RUST_SERVER", "0").lower() not in ("", "0", "false")
+def switched_on(variable: str) -> bool:
+    """Whether an environment variable of SGLang's is set to something that is not "no"."""
+    return os.environ.get(variable, "0").lower() not in ("", "0", "false", "no", "n", "off")

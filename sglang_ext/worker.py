@@ -16,6 +16,7 @@ from torch import nn
 
 from softprune.errors import RefusedError
 from softprune.launch import Launch
+from softprune.proven import undoing
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
 from softprune.sglang_ext import proven, routers, seams
@@ -32,11 +33,15 @@ _masked: MaskedModel | None = None
 
 def load_model(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
     """Around `ModelRunner.load_model`."""
-    config = seams.attribute(runner, "model_config.hf_config", seams.LOAD_MODEL.name)
+    # A server that was asked for nothing must not fail here; one whose request is not found is noticed by its front end.
+    config = getattr(getattr(runner, "model_config", None), "hf_config", None)
     request = getattr(config, CONFIG_KEY, None)
     if request is None:
         return original(runner, *args, **kwargs)
+    from softprune.sglang_ext.hooks import check_applied
+
     seams.check(seams.SCHEDULER)
+    check_applied()
     if not seams.is_known():
         logger.warning("softprune: %s is not among the versions it was read with: %s", seams.engine(), ", ".join(seams.KNOWN_VERSIONS))
     if seams.attribute(runner, "is_draft_worker", seams.LOAD_MODEL.name):
@@ -88,8 +93,8 @@ def answer(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
         calls = {"status": _model().status, "routes": _model().routes}
         mine = calls[request.method.removeprefix(CARRIER)](**request.body)
         reply = answer_class(success=True, response=[{"ranks": _from_all_ranks(scheduler, mine)}])
-    except RefusedError as error:
-        reply = answer_class(success=False, response=[], error=str(error))
+    except Exception as error:  # SGLang's own handler does the same: anything that is raised here ends the server
+        reply = answer_class(success=False, response=[], error=f"{type(error).__name__}: {error}")
     seams.attribute(scheduler, "ipc_channels.send_to_tokenizer", seams.HANDLE_DUMPER_CONTROL.name).send_output(reply, request)
     return None
 
@@ -100,7 +105,7 @@ def refused_update(name: str) -> Callable[..., Any]:
     def refuse(original: Callable[..., Any], manager: Any, request: Any) -> Any:
         if _masked is None:
             return original(manager, request)
-        message = _refusal(name)
+        message = undoing(name)
         logger.error("softprune: %s", message)
         return seams.answer_to(request)(success=False, message=message)
 
@@ -112,14 +117,10 @@ def refused_call(name: str) -> Callable[..., Any]:
 
     def refuse(original: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
         if _masked is not None or _front_end_is_masked(owner):
-            raise RefusedError(_refusal(name))
+            raise RefusedError(undoing(name))
         return original(owner, *args, **kwargs)
 
     return refuse
-
-
-def _refusal(name: str) -> str:
-    return f"{name} is refused while softprune masks this engine's routers: it would undo or copy the mask"
 
 
 def _front_end_is_masked(owner: Any) -> bool:
@@ -145,7 +146,7 @@ def _from_all_ranks(scheduler: Any, mine: Any) -> list[Any]:
 
 def _counting(probe: RouteProbe, position: int, top_k: int) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        ids = routers.selected_ids(inputs, output, top_k)
+        ids = routers.selected_ids(output, top_k)
         if ids is None:
             probe.record_logits(position, inputs[1], top_k)
         else:

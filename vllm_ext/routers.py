@@ -16,26 +16,10 @@ from torch import nn
 
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import RefusedError, SeamError
-from softprune.runtime.blocks import blocks_by_layer, check_router_bias, check_router_weight
+from softprune.runtime.blocks import Site, blocks_by_layer, check_router_bias, router_weights, site_of
 from softprune.runtime.masked_model import RouterWeights
 from softprune.runtime.router_mask import Router
 from softprune.vllm_ext import seams
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an architecture's MoE block keeps its router.
-
-    Attributes:
-        block: the block's class.
-        router: the router's attribute in the block.
-        has_bias: whether the checkpoint has a router bias.
-    """
-
-    block: seams.Seam
-    router: str
-    has_bias: bool
-
 
 SITES = {
     "GptOssForCausalLM": Site(seams.GPT_OSS_BLOCK, "router", has_bias=True),
@@ -68,9 +52,7 @@ def find(model: nn.Module, spec: ModelSpec) -> list[MoeLayer]:
         RefusedError: the architecture has no proven place for a mask, or a layer is missing here.
         SeamError: a block does not look as expected.
     """
-    site = SITES.get(spec.architecture)
-    if site is None:
-        raise RefusedError(f"architecture {spec.architecture}: no proven place for a mask in {seams.engine()}; proven: {', '.join(SITES)}")
+    site = site_of(SITES, spec, seams.engine())
     return [
         MoeLayer(
             f"{name}.{site.router}",
@@ -83,16 +65,8 @@ def find(model: nn.Module, spec: ModelSpec) -> list[MoeLayer]:
 
 
 def weights(layer: MoeLayer, spec: ModelSpec) -> RouterWeights:
-    """A layer's router as loaded, for the fingerprint.
-
-    To be called before the engine packs weights: some kernels free them.
-
-    Raises:
-        SeamError: the gate does not look as expected.
-        RefusedError: its shape is not the model's.
-    """
-    weight = check_router_weight(layer.name, seams.attribute(layer.gate, "weight", _SEAM), spec)
-    return weight, seams.attribute(layer.gate, "bias", _SEAM).data if layer.has_bias else None
+    """A layer's router as loaded; see `router_weights`."""
+    return router_weights(layer.name, layer.gate, layer.has_bias, spec, "vllm")
 
 
 def attach(layer: MoeLayer, spec: ModelSpec) -> Router:

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.errors import RefusedError, SeamError
+from softprune.proven import undoing
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
 from softprune.vllm_ext import proven, routers, seams
@@ -137,7 +138,7 @@ class ExpertMaskWorker:
 
 def _refused(name: str) -> Callable[..., NoReturn]:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RefusedError(f"{name} is refused while softprune masks this engine's routers: it would undo or copy the mask")
+        raise RefusedError(undoing(name))
 
     return refuse
 

@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import RefusedError
-from softprune.seams import Seam
+from softprune.runtime.masked_model import RouterWeights
+from softprune.seams import Seam, attribute
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an architecture's MoE block keeps its router.
+
+    Attributes:
+        block: the block's class.
+        router: the router's attribute in the block.
+        has_bias: whether the checkpoint has a router bias.
+    """
+
+    block: Seam
+    router: str
+    has_bias: bool
+
+
+def site_of(sites: Mapping[str, Site], spec: ModelSpec, engine: str) -> Site:
+    """The site of a model's architecture.
+
+    Raises:
+        RefusedError: there is no proven one.
+    """
+    if spec.architecture not in sites:
+        raise RefusedError(f"architecture {spec.architecture}: no proven place for a mask in {engine}; proven: {', '.join(sites)}")
+    return sites[spec.architecture]
 
 
 def blocks_by_layer(model: nn.Module, block: Seam, spec: ModelSpec) -> list[tuple[str, nn.Module]]:
@@ -37,15 +66,26 @@ def blocks_by_layer(model: nn.Module, block: Seam, spec: ModelSpec) -> list[tupl
     return [found[layer] for layer in spec.moe_layers]
 
 
-def check_router_weight(name: str, weight: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
-    """A router's weight, if it is [num_experts, hidden].
+def router_weights(name: str, gate: nn.Module, has_bias: bool, spec: ModelSpec, package: str) -> RouterWeights:
+    """A router as loaded, for the fingerprint.
+
+    To be called before an engine packs weights: some kernels free them.
+
+    Args:
+        name: the router's name in the model.
+        gate: its module.
+        has_bias: whether the checkpoint has its bias.
+        spec: the model's shape.
+        package: the engine's.
 
     Raises:
-        RefusedError: it has another shape.
+        SeamError: the gate does not look as expected.
+        RefusedError: its weight is not [num_experts, hidden].
     """
+    weight: torch.Tensor = attribute(gate, "weight", "moe.router", package)
     if weight.dim() != 2 or weight.shape[0] != spec.num_experts:
         raise RefusedError(f"{name}.weight: found shape {list(weight.shape)}; expected [{spec.num_experts}, hidden]")
-    return weight.data
+    return weight.data, attribute(gate, "bias", "moe.router", package).data if has_bias else None
 
 
 def check_router_bias(name: str, bias: torch.Tensor | None, spec: ModelSpec) -> torch.Tensor:

@@ -9,6 +9,7 @@ import sys
 
 def main(model, mask):
     import sglang
+    from sglang.srt.managers.io_struct import DumperControlReqInput
 
     from softprune.errors import SoftpruneError
     from softprune.sglang_ext import engine_args
@@ -23,7 +24,10 @@ def main(model, mask):
         engine = sglang.Engine(**args, **common)
         answer = engine.generate(input_ids=[list(range(30))], sampling_params={"max_new_tokens": 12, "temperature": 0, "ignore_eos": True})
         found[f"{name} ids"] = answer[0]["output_ids"]
-        found[name] = engine._scheduler_init_result.scheduler_infos[0].get("softprune")
+        status = DumperControlReqInput(method="softprune/status", body={})
+        if name == "masked":
+            (reply,) = engine.loop.run_until_complete(engine.tokenizer_manager.dumper_control(status))
+            found[name] = reply.response[0]["ranks"][0]
         engine.shutdown()
     try:
         engine_args(model, expert_mask="missing.json")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang.srt.plugins.hook_registry import HookRegistry
-from sglang.srt.server_args import prepare_server_args
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from softprune.errors import CheckpointError, MaskError, RefusedError, SoftpruneError
-from softprune.sglang_ext import engine_args, flags, hooks, proven, seams
+from softprune.sglang_ext import engine_args, flags, hooks, proven
 from tests.conftest import random_mask, saved
 
 
@@ -30,8 +30,7 @@ def test_every_hook_is_in_place() -> None:
 
 def test_a_hook_that_sglang_could_not_apply_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang only logs it; the flags are then unknown, so the parser refuses them."""
-    target = seams.LAUNCH_SCHEDULERS.dotted
-    monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {target})
+    monkeypatch.setattr(Engine, "_launch_scheduler_processes", Engine._launch_scheduler_processes.__wrapped__)
     with pytest.raises(SoftpruneError, match="seam 'engine.launch_schedulers' does not hold in SGLang .*did not apply"):
         hooks.check_applied()
     with pytest.raises(SystemExit):
@@ -116,11 +115,14 @@ def test_a_request_by_hand_is_refused(models: dict[str, Path]) -> None:
         flags.launch_schedulers(must_not_run, None, args, None)
 
 
+MODES_OF_THIS_VERSION = [mode for mode in proven.MODES_OF_SOME_VERSIONS if hasattr(ServerArgs, mode.path)]
+
+
 def must_not_run(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("scheduler processes were started")
 
 
-@pytest.mark.parametrize("mode", [*proven.UNPROVEN_MODES, *proven.MODES_OF_SOME_VERSIONS], ids=lambda mode: mode.flag)
+@pytest.mark.parametrize("mode", [*proven.UNPROVEN_MODES, *MODES_OF_THIS_VERSION], ids=lambda mode: mode.flag)
 def test_every_unproven_mode_is_refused_by_name(models: dict[str, Path], keep24: str, mode: proven.Mode) -> None:
     args = prepare_server_args(server(models["gpt-oss"], "--expert-mask", keep24))
     assert mode.is_off(getattr(args, mode.path)), f"{mode.flag} is not off by default: {getattr(args, mode.path)}"
@@ -129,10 +131,44 @@ def test_every_unproven_mode_is_refused_by_name(models: dict[str, Path], keep24:
         flags.launch_schedulers(must_not_run, None, args, None)
 
 
-def test_the_rust_server_is_refused(models: dict[str, Path], keep24: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
-    with pytest.raises(RefusedError, match="SGLANG_RUST_SERVER is not proven"):
-        flags.launch_schedulers(must_not_run, None, prepare_server_args(server(models["gpt-oss"], "--expert-mask", keep24)), None)
+@pytest.mark.parametrize("variable", ["SGLANG_RUST_SERVER", "SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS"])
+def test_other_servers_and_simulated_routing_are_refused(
+    models: dict[str, Path], keep24: str, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    args = prepare_server_args(server(models["gpt-oss"], "--expert-mask", keep24))
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(RefusedError, match=f"{variable} is not proven"):
+        prepare_server_args(server(models["gpt-oss"], "--expert-mask", keep24))
+    with pytest.raises(RefusedError, match=f"{variable} is not proven"):
+        flags.launch_schedulers(must_not_run, None, args, None)
+
+
+@pytest.mark.parametrize("flag", ["--use-ray", "--encoder-only", "--grpc-mode", "--smg-grpc-mode"])
+def test_front_ends_with_other_processes_are_refused_at_once(models: dict[str, Path], keep24: str, flag: str) -> None:
+    with pytest.raises(RefusedError, match=f"{flag} is not proven"):
+        prepare_server_args(server(models["gpt-oss"], "--expert-mask", keep24, flag))
+
+
+def test_an_engine_that_starts_its_own_schedulers_is_refused(models: dict[str, Path], keep24: str) -> None:
+    """As SGLang's RayEngine does, past the hook."""
+
+    class OwnWay(Engine):
+        @classmethod
+        def _launch_scheduler_processes(cls, *args: Any, **kwargs: Any) -> Any:
+            return must_not_run()
+
+    asked = engine_args(str(models["gpt-oss"]), expert_mask=keep24)
+    with pytest.raises(RefusedError, match="OwnWay, which starts scheduler processes in its own way, is not proven"):
+        OwnWay(**asked, device="cpu", attention_backend="intel_amx", skip_tokenizer_init=True)
+
+
+def test_the_key_is_taken_out_of_a_command_line_that_sglang_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kept:
+        _launch_command = "--expert-mask m.json --softprune-key s3cret"
+
+    monkeypatch.setenv("SOFTPRUNE_KEY", "s3cret")
+    flags.hide_key(Kept, ["--softprune-key", "s3cret"])
+    assert Kept._launch_command == "--expert-mask m.json --softprune-key ***"
 
 
 def test_backends_and_their_top_k() -> None:

@@ -96,6 +96,40 @@ def test_a_missing_layer_or_target_is_refused(models: dict[str, Path], keep24: s
         masked(models["gpt-oss"], keep24, root)
 
 
+def top_k_module(**changes: object) -> nn.Module:
+    from sglang.srt.layers.moe.topk import TopKConfig
+
+    module = nn.Module()
+    module.topk_config = TopKConfig(top_k=4, **changes)
+    return module
+
+
+def test_how_experts_are_selected_is_read() -> None:
+    def layer(module: nn.Module) -> routers.MoeLayer:
+        return routers.MoeLayer("layer 0", nn.Module(), module, nn.Module(), has_bias=True)
+
+    assert routers.selected_top_k(layer(top_k_module())) == 4
+    others = {"scoring_func": "sigmoid", "correction_bias": torch.zeros(3), "use_grouped_topk": True, "num_fused_shared_experts": 1}
+    for name, value in others.items():
+        with pytest.raises(RefusedError, match=f"layer 0: experts are selected with {name}"):
+            routers.selected_top_k(layer(top_k_module(**{name: value})))
+
+
+def test_what_triton_kernels_selected_is_put_back_in_token_order() -> None:
+    """Both forms of its routing, as 0.5.17 and 0.5.23 return it, from the same selections."""
+    from types import SimpleNamespace as Routing
+
+    ids = torch.tensor([[3, 1], [0, 3], [1, 2]])
+    flat = ids.flatten()
+    histogram, origins = torch.bincount(flat, minlength=4).int(), torch.argsort(flat, stable=True).int()
+    old = Routing(routing_data=Routing(expt_hist=histogram), gather_indx=Routing(src_indx=origins))
+    new = Routing(a_ragged_metadata=Routing(slice_sizes=histogram), scatter_indx=torch.cat([origins, torch.tensor([-1, -1]).int()]))
+    assert torch.equal(routers.selected_ids(old, 2), ids)
+    assert torch.equal(routers.selected_ids(new, 2), ids)  # one row of padding
+    with pytest.raises(SeamError, match="it returns a"):
+        routers.selected_ids(Routing(), 2)
+
+
 def test_versions_are_known() -> None:
     assert seams.is_known()
     seams.check(seams.FRONT_END + seams.SCHEDULER)
