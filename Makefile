@@ -42,7 +42,7 @@ demo: setup
 	$(BIN)/python demo/serve_with_a_mask.py
 
 test: setup
-	$(BIN)/python -m pytest tests/unit tests/engines --ignore tests/engines/inside_sglang
+	$(BIN)/python -m pytest tests/unit tests/contract/test_static.py tests/engines --ignore tests/engines/inside_sglang
 
 lint: setup
 	$(BIN)/ruff check .

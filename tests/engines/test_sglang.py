@@ -284,8 +284,9 @@ def test_server_refuses_to_start(starts: dict[str, str], name: str) -> None:
 
 
 def inside(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run SGLang's own Python."""
-    return subprocess.run([PYTHON, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, **env}, check=False)
+    """Run SGLang's own Python; options of this pytest run are not for one inside it."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    return subprocess.run([PYTHON, *arguments], capture_output=True, text=True, timeout=300, env={**own, **env}, check=False)
 
 
 def test_offline_engine(work: Path, files: dict[str, str]) -> None:

@@ -45,9 +45,19 @@ class Row:
 
 
 class Engine:
-    """An engine on this machine."""
+    """An engine on this machine.
+
+    Attributes:
+        name: as `prove.py` takes it.
+        commands: those that start a server.
+        trial: MoE backends to be treated as proven, to find out whether they are.
+        backend_flag: chooses one.
+        streams: measure speed from the last stream's first token on. vLLM compiles kernels for each new number of prefilled
+            rows, and loses a second or two there; elsewhere whole answers are asked for, which costs the server less.
+    """
 
     name: str
+    streams = False
     commands: tuple[tuple[str, ...], ...]
     trial: str
     backend_flag: str
@@ -122,6 +132,7 @@ def _firsts(meta: dict[str, Any]) -> list[float]:
 
 class Vllm(Engine):
     name = "vllm"
+    streams = True
     backend_flag = "--moe-backend"
     trial = "mxfp4/TRITON,mxfp4/MARLIN,mxfp4/TRITON_UNFUSED,mxfp4/FLASHINFER_CUTLASS_MXFP4_BF16,unquantized/TRITON"
 

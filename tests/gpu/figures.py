@@ -27,9 +27,10 @@ DISTURBED, ENOUGH = 0.9, 3
 
 
 def passes(decode: dict[str, Any], row: str, batch: int) -> list[float]:
-    """Total tokens per second of a server's passes without streaming, by round."""
+    """Tokens per second of a server's passes, by round: while decoding if they streamed, else in all."""
     rounds = sorted(name for name in decode if name.startswith(f"{row} round "))
-    return [result["total_tok_s"]["median"] for name in rounds for result in decode[name]["results"] if result["batch"] == batch]
+    results = [result for name in rounds for result in decode[name]["results"] if result["batch"] == batch]
+    return [(result["decode_tok_s"] or result["total_tok_s"])["median"] for result in results]
 
 
 def undisturbed(values: list[float]) -> list[float]:

@@ -212,8 +212,8 @@ class Proof:
         work = Workload(256 if self.engine.on_gpu else 32, new, seed=n, token_ids=(0, 480))
         notes = {"row": row.name, "round": str(n), "others": "idle on the same GPU"}
         document = measure(
-            f"http://127.0.0.1:{server.port}", work, batches, repeats=1, warmup=0 if row.name in warm else 1, stream=n == 0, key=server.key,
-            notes=notes, stall_seconds=100,
+            f"http://127.0.0.1:{server.port}", work, batches, repeats=1, warmup=0 if row.name in warm else 1,
+            stream=n == 0 or self.engine.streams, key=server.key, notes=notes, stall_seconds=100,
         )  # fmt: skip
         warm.add(row.name)
         name = f"{row.name} round {n}" if n else f"{row.name} streamed"
