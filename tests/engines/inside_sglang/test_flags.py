@@ -12,7 +12,7 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from softprune.errors import CheckpointError, MaskError, RefusedError, SoftpruneError
-from softprune.sglang_ext import engine_args, flags, hooks, proven
+from softprune.sglang_ext import engine_args, flags, hooks, proven, seams
 from tests.conftest import random_mask, saved
 
 
@@ -123,11 +123,20 @@ def must_not_run(*args: Any, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("mode", [*proven.UNPROVEN_MODES, *MODES_OF_THIS_VERSION], ids=lambda mode: mode.flag)
-def test_every_unproven_mode_is_refused_by_name(models: dict[str, Path], keep24: str, mode: proven.Mode) -> None:
-    args = prepare_server_args(server(models["gpt-oss"], "--expert-mask", keep24))
-    assert mode.is_off(getattr(args, mode.path)), f"{mode.flag} is not off by default: {getattr(args, mode.path)}"
-    object.__setattr__(args, mode.path, 7)  # past the seal that SGLang puts on resolved arguments
-    with pytest.raises(RefusedError, match=f"^{mode.flag} \\(7\\) is not proven together with an expert mask in SGLang"):
+def test_every_unproven_mode_is_refused_by_name(
+    models: dict[str, Path], keep24: str, mode: proven.Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, setting = prepare_server_args(server(models["gpt-oss"], "--expert-mask", keep24)), seams.setting
+    assert mode.is_off(setting(args, mode.path)), f"{mode.flag} is not off by default: {setting(args, mode.path)}"
+    value = "overlap" if mode.path == "startup_weight_load_mode" else 7
+    monkeypatch.setattr(seams, "setting", lambda args, name: value if name == mode.path else setting(args, name))
+    with pytest.raises(RefusedError, match=f"^{mode.flag} \\({value}\\) is not proven together with an expert mask in SGLang"):
+        flags.launch_schedulers(must_not_run, None, args, None)
+
+
+def test_a_real_flag_is_read_as_resolved(models: dict[str, Path], keep24: str) -> None:
+    args = prepare_server_args(server(models["gpt-oss"], "--expert-mask", keep24, "--pp-size", "2"))
+    with pytest.raises(RefusedError, match=r"^--pipeline-parallel-size \(2\) is not proven"):
         flags.launch_schedulers(must_not_run, None, args, None)
 
 

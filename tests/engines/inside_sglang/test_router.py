@@ -110,6 +110,8 @@ def test_how_experts_are_selected_is_read() -> None:
 
     assert routers.selected_top_k(layer(top_k_module())) == 4
     others = {"scoring_func": "sigmoid", "correction_bias": torch.zeros(3), "use_grouped_topk": True, "num_fused_shared_experts": 1}
+    if not hasattr(top_k_module().topk_config, "num_fused_shared_experts"):
+        others["shared_experts"] = others.pop("num_fused_shared_experts")  # SGLang 0.5.23
     for name, value in others.items():
         with pytest.raises(RefusedError, match=f"layer 0: experts are selected with {name}"):
             routers.selected_top_k(layer(top_k_module(**{name: value})))
