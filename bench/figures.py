@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -125,17 +127,10 @@ class Repeat:
 
 def quantiles(values: Iterable[float], *percents: int) -> dict[str, float] | None:
     """{"p50": …} by linear interpolation between the nearest values; None without values."""
-    ordered = sorted(values)
-    if not ordered:
+    known = list(values)
+    if not known:
         return None
-
-    def at(percent: int) -> float:
-        place = (len(ordered) - 1) * percent / 100
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-    return {f"p{percent}": at(percent) for percent in percents}
+    return {f"p{percent}": float(value) for percent, value in zip(percents, np.percentile(known, percents), strict=True)}
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:

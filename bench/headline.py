@@ -5,14 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
 from softprune.errors import InputError, shortened
+from softprune.files import write_whole
 
 _NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 _FIELDS = {"value", "unit", "raw", "date"}
@@ -42,16 +41,7 @@ def record(path: Path, name: str, value: float, unit: str, raw: str) -> None:
     figures = read(path) if path.exists() else {}
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     figures[name] = _checked(path, name, {"value": value, "unit": unit, "raw": raw, "date": date})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w") as file:
-            file.write(json.dumps(dict(sorted(figures.items())), indent=1) + "\n")
-        # mkstemp makes files that only their owner can read; this one is committed.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, json.dumps(dict(sorted(figures.items())), indent=1) + "\n")
 
 
 def read(path: Path) -> dict[str, Figure]:

@@ -37,11 +37,6 @@ def vllm_command(model: str | Path, port: int, *args: str) -> list[str]:
     return [sys.executable, "-m", module, "--model", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
 
 
-def sglang_command(model: str | Path, port: int, *args: str) -> list[str]:
-    """Command line of SGLang's HTTP server."""
-    return [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
-
-
 class Server:
     """A server process in its own session, so that stopping it stops its workers as well.
 

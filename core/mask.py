@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
@@ -19,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import MaskError, shortened
+from softprune.files import write_whole
 
 FORMAT: Final = "softprune.expert-mask"
 VERSION: Final = 1
@@ -206,15 +205,7 @@ class ExpertMask(BaseModel):
         """Write the file; it appears whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.dump())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(path, self.dump())
 
 
 def load(path: str | Path) -> ExpertMask:

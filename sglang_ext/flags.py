@@ -21,6 +21,7 @@ from softprune.errors import RefusedError, SeamError
 from softprune.flags import FLAGS, GROUP, KEY_HELP, KEY_OPTION, asked, asked_in
 from softprune.launch import Launch, LaunchRequest
 from softprune.sglang_ext import proven, seams
+from softprune.sglang_ext.hooks import check_applied
 
 logger = logging.getLogger("sglang.softprune")
 
@@ -41,8 +42,6 @@ def engine_args(
         RefusedError: softprune's plugin is not in place, or the request cannot be met.
         MaskError, CheckpointError: the mask cannot be used for this model.
     """
-    from softprune.sglang_ext.hooks import check_applied
-
     seams.LOAD_PLUGINS.resolve()()
     check_applied()
     given = {
@@ -65,8 +64,6 @@ def launch_in(overrides: str) -> Launch | None:
 
 def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
     """After SGLang has added its own flags. With the plugin out of order, ours stay unknown and are refused."""
-    from softprune.sglang_ext.hooks import check_applied
-
     try:
         check_applied()
     except SeamError as error:
@@ -125,8 +122,6 @@ def launch_subprocesses(original: Callable[..., Any], cls: Any, *args: Any, **kw
 
 def launch_schedulers(original: Callable[..., Any], cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Around the start of the scheduler processes: refuse unproven modes, and go on only if each serves what was asked for."""
-    from softprune.sglang_ext.hooks import check_applied
-
     launch = launch_in(seams.setting(server_args, OVERRIDES))
     if launch is None:
         return original(cls, server_args, *args, **kwargs)

@@ -7,6 +7,7 @@ and bench/results.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,11 @@ PROVEN_BACKENDS: dict[proven.Backend, str] = {
 POWER_OF_TWO_TOP_K = ("mxfp4/triton_kernel",)
 """MXFP4 backends whose routing kernel takes a top_k that is a power of two only."""
 
+check_backend = partial(
+    proven.check_backend, proven=PROVEN_BACKENDS, power_of_two=POWER_OF_TWO_TOP_K, flag="--moe-runner-backend", package="sglang"
+)
+refusal = partial(proven.refusal, package="sglang")
+
 
 def check_modes(server_args: Any) -> None:
     """Refuse a mode that masks are not proven with.
@@ -93,7 +99,7 @@ def check_modes(server_args: Any) -> None:
         SeamError: a mode cannot be read in this version of SGLang.
     """
     some = [mode for mode in MODES_OF_SOME_VERSIONS if hasattr(server_args, mode.path)]
-    proven.check_modes([*UNPROVEN_MODES, *some], lambda name: seams.setting(server_args, name), seams.engine())
+    proven.check_modes([*UNPROVEN_MODES, *some], lambda name: seams.setting(server_args, name), "sglang")
     _check_environment()
 
 
@@ -112,31 +118,10 @@ def check_front_end(args: Any) -> None:
     _check_environment()
 
 
-def refusal(name: str) -> RefusedError:
-    """The error for a setting that nobody has proven in this version."""
-    return proven.refusal(name, seams.engine())
-
-
 def _check_environment() -> None:
     for variable in ("SGLANG_RUST_SERVER", "SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS"):
         if seams.switched_on(variable):
             raise refusal(variable)
-
-
-def check_backend(platform: str, architecture: str, backend: str, top_k: int) -> None:
-    """Refuse an MoE backend that masks are not proven with, or a top_k that its kernel cannot take.
-
-    Args:
-        platform: SGLang's name for the kind of device.
-        architecture: the model's.
-        backend: the one in use, as `routers.backend_of` names it.
-        top_k: experts per token.
-
-    Raises:
-        RefusedError: not proven, or top_k is not a power of two where it has to be.
-    """
-    found = (platform, architecture, backend)
-    proven.check_backend(PROVEN_BACKENDS, found, POWER_OF_TWO_TOP_K, top_k, "--moe-runner-backend", seams.engine())
 
 
 def check_dtype(dtype: Any) -> None:

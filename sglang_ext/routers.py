@@ -7,7 +7,7 @@ graph is captured: the GEMM then adds it in its epilogue.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from torch import nn
 
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import RefusedError
-from softprune.runtime.blocks import Site, blocks_by_layer, check_router_bias, router_weights, site_of
-from softprune.runtime.masked_model import RouterWeights
+from softprune.runtime.blocks import MoeLayer, Site, check_router_bias, find_layers, router_weights
 from softprune.runtime.router_mask import Router
 from softprune.sglang_ext import seams
 
@@ -28,40 +27,8 @@ SITES = {
 _SEAM = "moe.router"
 
 
-@dataclass(frozen=True)
-class MoeLayer:
-    """One MoE layer of a loaded model: its router module, what selects, and what computes."""
-
-    name: str
-    gate: nn.Module
-    top_k: nn.Module
-    experts: nn.Module
-    has_bias: bool
-
-
-def find(model: nn.Module, spec: ModelSpec) -> list[MoeLayer]:
-    """All MoE layers of a model, in layer order.
-
-    Raises:
-        RefusedError: the architecture has no proven place for a mask, or a layer is missing here.
-        SeamError: a block does not look as expected.
-    """
-    site = site_of(SITES, spec, seams.engine())
-    return [
-        MoeLayer(
-            f"{name}.{site.router}",
-            seams.attribute(block, site.router, site.block.name),
-            seams.attribute(block, "topk", site.block.name),
-            seams.attribute(block, "experts", site.block.name),
-            site.has_bias,
-        )
-        for name, block in blocks_by_layer(model, site.block, spec)
-    ]
-
-
-def weights(layer: MoeLayer, spec: ModelSpec) -> RouterWeights:
-    """A layer's router as loaded; see `router_weights`."""
-    return router_weights(layer.name, layer.gate, layer.has_bias, spec, "sglang")
+find = partial(find_layers, sites=SITES, package="sglang", needs=("topk", "experts"))
+weights = partial(router_weights, package="sglang")
 
 
 def attach(layer: MoeLayer, spec: ModelSpec) -> Router:
@@ -88,7 +55,7 @@ def selected_top_k(layer: MoeLayer) -> int:
         SeamError: the layer does not say.
         RefusedError: it selects by something else than the router's logits.
     """
-    config = seams.attribute(layer.top_k, "topk_config", seams.TOP_K.name)
+    config = seams.attribute(layer.block.topk, "topk_config", seams.TOP_K.name)
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     names = ["use_grouped_topk", "custom_routing_function", "correction_bias", "scoring_func"]
     # Since 0.5.19 or so, fused shared experts have a configuration of their own.
@@ -106,7 +73,7 @@ def backend_of(layer: MoeLayer) -> str:
     Raises:
         SeamError: the layer does not say.
     """
-    method = seams.attribute(layer.experts, "quant_method", _SEAM)
+    method = seams.attribute(layer.block.experts, "quant_method", _SEAM)
     stored = {"Mxfp4MoEMethod": "mxfp4", "UnquantizedFusedMoEMethod": "bf16"}.get(type(method).__name__, type(method).__name__)
     if layer.gate.weight.device.type == "cpu":
         return f"{stored}/native"  # whatever the flag says, SGLang runs plain PyTorch there

@@ -11,6 +11,7 @@ from softprune.errors import RefusedError
 from softprune.launch import Launch
 from softprune.sglang_ext import seams
 from softprune.sglang_ext.flags import OVERRIDES, launch_in
+from softprune.sglang_ext.worker import CARRIER
 
 logger = logging.getLogger("sglang.softprune")
 
@@ -26,8 +27,6 @@ class ControlApi(control_api.ControlApi):
         return self._launch
 
     async def ask(self, scope: Any, what: str, **arguments: Any) -> list[Any]:
-        from softprune.sglang_ext.worker import CARRIER
-
         request = seams.DUMPER_REQUEST.resolve()(method=CARRIER + what, body=arguments)
         answers = await self._manager.dumper_control(request)
         if not answers[0].success:

@@ -56,18 +56,18 @@ TOP_K = Seam("moe.top_k", "sglang.srt.layers.moe.topk:TopK")
 GPT_OSS_BLOCK = Seam("model.gpt_oss_block", "sglang.srt.models.gpt_oss:GptOssSparseMoeBlock")
 QWEN3_MOE_BLOCK = Seam("model.qwen3_moe_block", "sglang.srt.models.qwen3_moe:Qwen3MoeSparseMoeBlock")
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater:SchedulerWeightUpdaterManager"
-WEIGHT_UPDATES = {
-    method: Seam(f"scheduler.{method}", f"{_UPDATER}.{method}", ("recv_req",))
-    for method in (
-        "update_weights_from_disk", "init_weights_update_group", "update_weights_from_distributed", "update_weights_from_tensor",
-        "update_weights_from_ipc", "check_weights",
-    )
-}  # fmt: skip
 _SCHEDULER = "sglang.srt.managers.scheduler:Scheduler"
-WEIGHT_UPDATES |= {
-    method: Seam(f"scheduler.{method}", f"{_SCHEDULER}.{method}", ("recv_req",))
-    for method in ("init_weights_send_group_for_remote_instance", "send_weights_to_remote_instance")
-}
+WEIGHT_UPDATES = {
+    method: Seam(f"scheduler.{method}", f"{owner}.{method}", ("recv_req",))
+    for owner, methods in {
+        _UPDATER: (
+            "update_weights_from_disk", "init_weights_update_group", "update_weights_from_distributed", "update_weights_from_tensor",
+            "update_weights_from_ipc", "check_weights",
+        ),
+        _SCHEDULER: ("init_weights_send_group_for_remote_instance", "send_weights_to_remote_instance"),
+    }.items()
+    for method in methods
+}  # fmt: skip
 """Calls that change weights or hand them, masked, to another server; each answers with `success` and `message`."""
 BEGIN_WEIGHT_UPDATE = Seam("scheduler.begin_weight_update", f"{_UPDATER}.begin_weight_update", ("recv_req",))
 """Since 0.5.19 or so; where it exists, it is refused as well."""

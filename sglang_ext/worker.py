@@ -7,7 +7,6 @@ SGLang does to the weights afterwards is refused.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +15,12 @@ from torch import nn
 
 from softprune.errors import RefusedError
 from softprune.launch import Launch
-from softprune.proven import undoing
+from softprune.proven import only, undoing
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
 from softprune.sglang_ext import proven, routers, seams
-from softprune.sglang_ext.flags import CONFIG_KEY
+from softprune.sglang_ext.flags import CONFIG_KEY, OVERRIDES, launch_in
+from softprune.sglang_ext.hooks import check_applied
 
 logger = logging.getLogger("sglang.softprune")
 
@@ -38,16 +38,18 @@ def load_model(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: 
     request = getattr(config, CONFIG_KEY, None)
     if request is None:
         return original(runner, *args, **kwargs)
-    from softprune.sglang_ext.hooks import check_applied
-
     seams.check(seams.SCHEDULER)
     check_applied()
     if not seams.is_known():
         logger.warning("softprune: %s is not among the versions it was read with: %s", seams.engine(), ", ".join(seams.KNOWN_VERSIONS))
     if seams.attribute(runner, "is_draft_worker", seams.LOAD_MODEL.name):
         raise RefusedError("speculative decoding is not proven together with an expert mask")
+    launch = Launch.parse(request, f"model config.{CONFIG_KEY}")
+    proven.check_dtype(seams.attribute(runner, "model_config.dtype", seams.LOAD_MODEL.name))
+    if launch.debug_routes and not seams.EAGER.resolve()():
+        raise RefusedError("--softprune-debug-routes needs --disable-cuda-graph: inside CUDA graphs it would see nothing")
     result = original(runner, *args, **kwargs)
-    _mask(runner, Launch.parse(request, f"model config.{CONFIG_KEY}"))
+    _mask(runner, launch)
     return result
 
 
@@ -55,14 +57,10 @@ def _mask(runner: Any, launch: Launch) -> None:
     """Mask the routers, see that they obey, and that everything around them is proven."""
     global _masked
     spec = launch.spec(runner.model_config.hf_config)
-    proven.check_dtype(seams.attribute(runner, "model_config.dtype", seams.LOAD_MODEL.name))
     layers = routers.find(runner.model, spec)
     loaded = [routers.weights(layer, spec) for layer in layers]
     model = MaskedModel(launch, spec, loaded, [routers.attach(layer, spec) for layer in layers], logger)
-    backends = {routers.backend_of(layer) for layer in layers}
-    if len(backends) != 1:
-        raise RefusedError(f"MoE backends: found {sorted(backends)}; expected one for all layers")
-    model.backend = backends.pop()
+    model.backend = only({routers.backend_of(layer) for layer in layers})
     proven.check_backend(seams.platform(runner), spec.architecture, model.backend, launch.top_k)
     for layer in layers:
         selected = routers.selected_top_k(layer)
@@ -70,11 +68,9 @@ def _mask(runner: Any, launch: Launch) -> None:
             raise RefusedError(f"{layer.name}: the engine selects {selected} experts a token; expected {launch.top_k}")
     model.verify()
     if launch.debug_routes:
-        if not seams.EAGER.resolve()():
-            raise RefusedError("--softprune-debug-routes needs --disable-cuda-graph: inside CUDA graphs it would see nothing")
         probe = model.add_probe()
         for position, layer in enumerate(layers):
-            layer.top_k.register_forward_hook(_counting(probe, position, launch.top_k))
+            layer.block.topk.register_forward_hook(_counting(probe, position, launch.top_k))
     logger.info("%s", model.summary)
     _masked = model
 
@@ -84,10 +80,11 @@ def tell_front_end(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     return info if _masked is None else {**info, CONFIG_KEY: _masked.status()}
 
 
-def answer(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+def answer(original: Callable[..., Any], scheduler: Any, request: Any) -> None:
     """Around `Scheduler.handle_dumper_control`: the control API's calls, between two steps."""
     if not request.method.startswith(CARRIER):
-        return original(scheduler, request)
+        original(scheduler, request)
+        return
     answer_class = seams.DUMPER_ANSWER.resolve()
     try:
         calls = {"status": _model().status, "routes": _model().routes}
@@ -96,7 +93,6 @@ def answer(original: Callable[..., Any], scheduler: Any, request: Any) -> Any:
     except Exception as error:  # SGLang's own handler does the same: anything that is raised here ends the server
         reply = answer_class(success=False, response=[], error=f"{type(error).__name__}: {error}")
     seams.attribute(scheduler, "ipc_channels.send_to_tokenizer", seams.HANDLE_DUMPER_CONTROL.name).send_output(reply, request)
-    return None
 
 
 def refused_update(name: str) -> Callable[..., Any]:
@@ -124,8 +120,7 @@ def refused_call(name: str) -> Callable[..., Any]:
 
 
 def _front_end_is_masked(owner: Any) -> bool:
-    overrides = getattr(getattr(owner, "server_args", None), "json_model_override_args", None)
-    return CONFIG_KEY in json.loads(overrides or "{}")
+    return launch_in(getattr(getattr(owner, "server_args", None), OVERRIDES, "")) is not None
 
 
 def _model() -> MaskedModel:

@@ -8,6 +8,7 @@ tests/engines and bench/results.
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ PROVEN_ROUTERS = ("FusedTopKRouter", "CPURouter")
 POWER_OF_TWO_TOP_K = ("mxfp4/TRITON", "mxfp4/TRITON_UNFUSED")
 """MXFP4 backends whose routing kernel takes a top_k that is a power of two only."""
 
+check_backend = partial(proven.check_backend, proven=PROVEN_BACKENDS, power_of_two=POWER_OF_TWO_TOP_K, flag="--moe-backend", package="vllm")
+
 
 def check_modes(vllm_config: Any) -> None:
     """Refuse a mode that masks are not proven with.
@@ -69,7 +72,7 @@ def check_modes(vllm_config: Any) -> None:
         RefusedError: names the flag, and what was found.
         SeamError: a mode cannot be read in this version of vLLM.
     """
-    proven.check_modes(UNPROVEN_MODES, lambda path: seams.attribute(vllm_config, path, "config." + path), seams.engine())
+    proven.check_modes(UNPROVEN_MODES, lambda path: seams.attribute(vllm_config, path, "config." + path), "vllm")
     if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
         raise RefusedError("VLLM_MOE_ROUTING_SIMULATION_STRATEGY is set: vLLM would select experts without asking the routers")
 
@@ -91,23 +94,7 @@ def check_front_end(args: Any) -> None:
     }
     for name, is_on in asked.items():
         if is_on:
-            raise proven.refusal(name, seams.engine())
-
-
-def check_backend(platform: str, architecture: str, backend: str, top_k: int) -> None:
-    """Refuse an MoE backend that masks are not proven with, or a top_k that its kernel cannot take.
-
-    Args:
-        platform: vLLM's name for the kind of device.
-        architecture: the model's.
-        backend: the one in use, as `routers.backend_of` names it.
-        top_k: experts per token.
-
-    Raises:
-        RefusedError: not proven, or top_k is not a power of two where it has to be.
-    """
-    found = (platform, architecture, backend)
-    proven.check_backend(PROVEN_BACKENDS, found, POWER_OF_TWO_TOP_K, top_k, "--moe-backend", seams.engine())
+            raise proven.refusal(name, "vllm")
 
 
 def check_router(name: str, router: Any, top_k: int) -> None:

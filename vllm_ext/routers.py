@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from torch import nn
 
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import RefusedError, SeamError
-from softprune.runtime.blocks import Site, blocks_by_layer, check_router_bias, router_weights, site_of
-from softprune.runtime.masked_model import RouterWeights
+from softprune.runtime.blocks import MoeLayer, Site, check_router_bias, find_layers, router_weights
 from softprune.runtime.router_mask import Router
 from softprune.vllm_ext import seams
 
@@ -35,38 +34,8 @@ def adds_bias(hf_config: Any) -> bool:
     return any(name in SITES and not SITES[name].has_bias for name in hf_config.architectures or ())
 
 
-@dataclass(frozen=True)
-class MoeLayer:
-    """One MoE layer of a loaded model: its router module and the runner that selects and computes."""
-
-    name: str
-    gate: nn.Module
-    runner: Any
-    has_bias: bool
-
-
-def find(model: nn.Module, spec: ModelSpec) -> list[MoeLayer]:
-    """All MoE layers of a model, in layer order.
-
-    Raises:
-        RefusedError: the architecture has no proven place for a mask, or a layer is missing here.
-        SeamError: a block does not look as expected.
-    """
-    site = site_of(SITES, spec, seams.engine())
-    return [
-        MoeLayer(
-            f"{name}.{site.router}",
-            seams.attribute(block, site.router, site.block.name),
-            seams.attribute(block, "experts", site.block.name),
-            site.has_bias,
-        )
-        for name, block in blocks_by_layer(model, site.block, spec)
-    ]
-
-
-def weights(layer: MoeLayer, spec: ModelSpec) -> RouterWeights:
-    """A layer's router as loaded; see `router_weights`."""
-    return router_weights(layer.name, layer.gate, layer.has_bias, spec, "vllm")
+find = partial(find_layers, sites=SITES, package="vllm", needs=("experts",))
+weights = partial(router_weights, package="vllm")
 
 
 def attach(layer: MoeLayer, spec: ModelSpec) -> Router:
@@ -77,7 +46,7 @@ def attach(layer: MoeLayer, spec: ModelSpec) -> Router:
         RefusedError: its bias is not applied, or has another shape.
     """
     gate: Any = layer.gate
-    if getattr(layer.runner, "_fse_fuse_gate", False):
+    if getattr(layer.block.experts, "_fse_fuse_gate", False):
         raise RefusedError(f"{layer.name}: the engine fuses this gate with a shared expert's, past any bias")
     if seams.attribute(gate, "skip_bias_add", _SEAM):
         raise SeamError(_SEAM, seams.engine(), f"{layer.name} does not add its bias itself")

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.errors import RefusedError, SeamError
-from softprune.proven import undoing
+from softprune.proven import only, undoing
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
 from softprune.vllm_ext import proven, routers, seams
@@ -110,13 +110,10 @@ class ExpertMaskWorker:
 
     def _proven_backend(self) -> str:
         """See that the MoE backend is proven, and that the engine runs with the top_k that was asked for."""
-        backends = {routers.backend_of(layer.runner) for layer in self._layers}
-        if len(backends) != 1:
-            raise RefusedError(f"MoE backends: found {sorted(backends)}; expected one for all layers")
-        backend = backends.pop()
+        backend = only({routers.backend_of(layer.block.experts) for layer in self._layers})
         proven.check_backend(seams.platform(), self._spec.architecture, backend, self._launch.top_k)
         for layer in self._layers:
-            router = seams.attribute(layer.runner, "router", seams.MOE_RUNNER.name)
+            router = seams.attribute(layer.block.experts, "router", seams.MOE_RUNNER.name)
             proven.check_router(layer.name, router, self._launch.top_k)
         return backend
 
@@ -127,10 +124,10 @@ class ExpertMaskWorker:
     def _attach_probe(self, probe: RouteProbe) -> None:
         """Count what the engine selects; where its kernel selects in secret, what the logits imply."""
         for position, layer in enumerate(self._layers):
-            if layer.runner.routed_experts.quant_method.is_monolithic:
+            if layer.block.experts.routed_experts.quant_method.is_monolithic:
                 layer.gate.register_forward_hook(_logits_hook(probe, position, self._launch.top_k))
             else:
-                layer.runner.router.select_experts = _counting(layer.runner.router.select_experts, probe, position)
+                layer.block.experts.router.select_experts = _counting(layer.block.experts.router.select_experts, probe, position)
 
     def _refuse_to_serve(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RefusedError("a weight reload failed under an expert mask; this worker serves no more")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import RefusedError
 from softprune.runtime.masked_model import RouterWeights
-from softprune.seams import Seam, attribute
+from softprune.seams import Seam, attribute, engine
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,50 @@ class Site:
     has_bias: bool
 
 
-def site_of(sites: Mapping[str, Site], spec: ModelSpec, engine: str) -> Site:
-    """The site of a model's architecture.
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer of a loaded model.
+
+    Attributes:
+        name: the router's name in the model.
+        gate: the router's module.
+        block: the engine's block around it; has the attributes that `find_layers` was asked to see there.
+        has_bias: whether the checkpoint has a router bias.
+    """
+
+    name: str
+    gate: nn.Module
+    block: Any
+    has_bias: bool
+
+
+def find_layers(model: nn.Module, spec: ModelSpec, *, sites: Mapping[str, Site], package: str, needs: Sequence[str]) -> list[MoeLayer]:
+    """All MoE layers of a model, in layer order.
+
+    Args:
+        model: the loaded model.
+        spec: its shape.
+        sites: architecture -> where its blocks keep their routers.
+        package: the engine's.
+        needs: what else a block has to have.
 
     Raises:
-        RefusedError: there is no proven one.
+        RefusedError: the architecture has no proven place for a mask, or a layer is missing here.
+        SeamError: a block does not look as expected.
     """
-    if spec.architecture not in sites:
-        raise RefusedError(f"architecture {spec.architecture}: no proven place for a mask in {engine}; proven: {', '.join(sites)}")
-    return sites[spec.architecture]
+    site = sites.get(spec.architecture)
+    if site is None:
+        raise RefusedError(f"architecture {spec.architecture}: no proven place for a mask in {engine(package)}; proven: {', '.join(sites)}")
+    layers = []
+    for name, block in _blocks_by_layer(model, site.block, spec):
+        for needed in needs:
+            attribute(block, needed, site.block.name, package)
+        gate = attribute(block, site.router, site.block.name, package)
+        layers.append(MoeLayer(f"{name}.{site.router}", gate, block, site.has_bias))
+    return layers
 
 
-def blocks_by_layer(model: nn.Module, block: Seam, spec: ModelSpec) -> list[tuple[str, nn.Module]]:
+def _blocks_by_layer(model: nn.Module, block: Seam, spec: ModelSpec) -> list[tuple[str, nn.Module]]:
     """(name, module) of every MoE block, in layer order.
 
     Args:
@@ -66,26 +99,19 @@ def blocks_by_layer(model: nn.Module, block: Seam, spec: ModelSpec) -> list[tupl
     return [found[layer] for layer in spec.moe_layers]
 
 
-def router_weights(name: str, gate: nn.Module, has_bias: bool, spec: ModelSpec, package: str) -> RouterWeights:
-    """A router as loaded, for the fingerprint.
+def router_weights(layer: MoeLayer, spec: ModelSpec, package: str) -> RouterWeights:
+    """A layer's router as loaded, for the fingerprint.
 
     To be called before an engine packs weights: some kernels free them.
-
-    Args:
-        name: the router's name in the model.
-        gate: its module.
-        has_bias: whether the checkpoint has its bias.
-        spec: the model's shape.
-        package: the engine's.
 
     Raises:
         SeamError: the gate does not look as expected.
         RefusedError: its weight is not [num_experts, hidden].
     """
-    weight: torch.Tensor = attribute(gate, "weight", "moe.router", package)
+    weight: torch.Tensor = attribute(layer.gate, "weight", "moe.router", package)
     if weight.dim() != 2 or weight.shape[0] != spec.num_experts:
-        raise RefusedError(f"{name}.weight: found shape {list(weight.shape)}; expected [{spec.num_experts}, hidden]")
-    return weight.data, attribute(gate, "bias", "moe.router", package).data if has_bias else None
+        raise RefusedError(f"{layer.name}.weight: found shape {list(weight.shape)}; expected [{spec.num_experts}, hidden]")
+    return weight.data, attribute(layer.gate, "bias", "moe.router", package).data if layer.has_bias else None
 
 
 def check_router_bias(name: str, bias: torch.Tensor | None, spec: ModelSpec) -> torch.Tensor:

@@ -170,8 +170,8 @@ def test_attributes_that_objects_have_not_are_reported(tmp_path: Path, target: s
 def installed() -> Package:
     """The vLLM of this environment."""
     spec = importlib.util.find_spec("vllm")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("vLLM is not installed")
+    assert spec is not None, "no vLLM in this environment; `make setup` installs it"
+    assert spec.submodule_search_locations
     return Package(Path(spec.submodule_search_locations[0]))
 
 

@@ -87,21 +87,6 @@ def files(masks: dict[str, ExpertMask], work: Path) -> dict[str, str]:
     return {name: saved(mask, work / f"{name}.json") for name, mask in masks.items()}
 
 
-def check(row: Row, server: Server) -> dict[str, Any]:
-    """What a server answers, and what its routers selected meanwhile: many prompts in batches, or a few one by one."""
-    if row.probe:
-        assert server.request("DELETE", "/softprune/v1/routes")[0] == 200
-    prompts, batch = (PROMPTS, 16) if row.probe else (PROMPTS[:12], 1)
-    answers = [one for start in range(0, len(prompts), batch) for one in SGLANG.ask(server, prompts[start : start + batch], MAX_TOKENS)]
-    result: dict[str, Any] = {"tokens": [ids for ids, _ in answers], "logprobs": [scores for _, scores in answers]}
-    result["sent"] = sum(len(prompt) + MAX_TOKENS - 1 for prompt in prompts)
-    if row.patched:
-        result["status"] = server.request("GET", "/softprune/v1/status")[1]
-    if row.probe:
-        result["routes"] = server.request("GET", "/softprune/v1/routes")[1]
-    return result
-
-
 @pytest.fixture(scope="module")
 def runs(work: Path, files: dict[str, str]) -> dict[str, Any]:
     """Every server's answers; two servers at a time."""
@@ -110,7 +95,9 @@ def runs(work: Path, files: dict[str, str]) -> dict[str, Any]:
         row, env = job
         with SGLANG.start(row, work, files, free_port(), env) as server:
             server.wait_ready()
-            result = check(row, server)
+            # Many prompts in batches for the routes, a few one by one for the comparisons.
+            prompts, batch = (PROMPTS, 16) if row.probe else (PROMPTS[:12], 1)
+            result = SGLANG.examine(row, server, prompts, batch, MAX_TOKENS)
             server.stop(grace=0)
             return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from softprune.bench.server import Server
 
 PLUGINS = Path(__file__).parent.parent / "engines" / "plugins"
 STAND_INS = Path(__file__).parent.parent / "engines" / "stand_ins"
+ROUTES = "/softprune/v1/routes?trace=1"
 Answer = tuple[list[int], list[float]]
 """Generated ids, and the log-probabilities of the prompt's tokens (but the first) and of the generated ones."""
 
@@ -44,7 +46,7 @@ class Row:
     batched: bool = False
 
 
-class Engine:
+class Engine(ABC):
     """An engine on this machine.
 
     Attributes:
@@ -73,7 +75,8 @@ class Engine:
         if row.probe:
             args += ["--softprune-debug-routes"]
         path = [str(PLUGINS)] if row.patched or not self.on_gpu else []
-        path += [] if self.on_gpu else [str(STAND_INS)] if self.name == "sglang" else []
+        if self.name == "sglang" and not self.on_gpu:
+            path.append(str(STAND_INS))
         shared = {
             "PYTHONPATH": ":".join([*path, os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1", "SOFTPRUNE_TEST_PROVEN": self.trial,
@@ -81,15 +84,31 @@ class Engine:
         command = [*self.commands[row.command % len(self.commands)], *args]
         return Server(command, port, work / f"{row.name}.log", "proof", {**shared, **self.env(row), **(env or {})})
 
+    @abstractmethod
     def base_args(self, row: Row, model: Path, port: int) -> list[str]:
-        raise NotImplementedError
+        """What the command line has for every server of a row's kind."""
 
+    @abstractmethod
     def env(self, row: Row) -> dict[str, str]:
-        raise NotImplementedError
+        """Environment variables of the engine's own."""
 
+    @abstractmethod
     def ask(self, server: Server, prompts: Sequence[list[int]], max_tokens: int) -> list[Answer]:
         """Send prompts as one request; greedy, forced length."""
-        raise NotImplementedError
+
+    def examine(self, row: Row, server: Server, prompts: Sequence[list[int]], batch: int, max_tokens: int) -> dict[str, Any]:
+        """What a server answers to prompts in batches of this size, and what its routers selected meanwhile."""
+        if row.probe:
+            server.request("DELETE", ROUTES)
+        answers = [one for start in range(0, len(prompts), batch) for one in self.ask(server, prompts[start : start + batch], max_tokens)]
+        result: dict[str, Any] = {"tokens": [ids for ids, _ in answers], "logprobs": [scores for _, scores in answers]}
+        # A request's last token is sampled but never computed on.
+        result["sent"] = sum(len(prompt) + max_tokens - 1 for prompt in prompts)
+        if row.patched:
+            result["status"] = server.request("GET", "/softprune/v1/status")[1]
+        if row.probe:
+            result["routes"] = server.request("GET", ROUTES)[1]
+        return result
 
 
 class Sglang(Engine):

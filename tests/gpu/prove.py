@@ -32,8 +32,6 @@ from tests.slicing import slice_checkpoint
 
 PROMPT_TOKENS, MAX_TOKENS, BATCH = 128, 4, 32
 ROUNDS = 3
-FIRST = ("keep24 eager", "sliced eager", "all eager", "plain eager")
-"""Servers that the property everything rests on needs."""
 
 
 class Proof:
@@ -69,8 +67,8 @@ class Proof:
                 slice_checkpoint(base, masks[mask], self.work / name)
         self.masks = {name: saved(mask, self.work / f"{name}.json") for name, mask in masks.items()}
 
-    def rows(self) -> list[list[Row]]:
-        """Servers in groups that run side by side."""
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        """Servers that have no result yet: those that the property everything rests on needs, and the rest."""
         flag = self.engine.backend_flag
         other = ("marlin", "flashinfer_mxfp4") if self.engine.name == "sglang" else ("marlin", "triton_unfused")
         native = () if not self.engine.on_gpu else other
@@ -95,32 +93,28 @@ class Proof:
             Row("qwen keep9 graphs", "qwen", mask="qwen", graphs=True),
         ]
         done = {path.stem for path in self.results.glob("*.json")}
-        groups = [first] + [rest[i : i + self.parallel] for i in range(0, len(rest), self.parallel)]
-        return [left for group in groups for left in [[row for row in group if row.name not in done]] if left]
+        return [row for row in first if row.name not in done], [row for row in rest if row.name not in done]
 
     def run(self) -> None:
         """All that time allows."""
-        groups = self.rows()
-        firsts = [group for group in groups if any(row.name in FIRST for row in group)]
-        for group in firsts:
-            self._group(group, need=self.need)
+        first, rest = self.rows()
+        self._serve(first)
         self._speed()
-        for group in groups:
-            if group not in firsts:
-                self._group(group, need=self.need)
+        self._serve(rest)
 
     def _left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def _group(self, rows: list[Row], need: float) -> None:
+    def _serve(self, rows: list[Row]) -> None:
+        """Check rows, as many side by side as fit."""
         for start in range(0, len(rows), self.parallel):
-            if self._left() < need:
+            if self._left() < self.need:
                 print(f"{self._left():.0f} s left; {[row.name for row in rows[start:]]} wait for the next run", flush=True)
                 return
-            self._serve(rows[start : start + self.parallel], self._check)
+            self._serve_together(rows[start : start + self.parallel])
 
-    def _serve(self, rows: list[Row], act: Any) -> None:
-        """Boot servers side by side; run `act` on those that came up, in threads of their own."""
+    def _serve_together(self, rows: list[Row]) -> None:
+        """Boot servers side by side and check those that came up, in threads of their own."""
         servers = [(row, self.engine.start(row, self.work, self.masks, free_port())) for row in rows]
         began = time.monotonic()
 
@@ -129,7 +123,7 @@ class Proof:
                 server.wait_ready(max(1.0, self._left() - 20))
                 boot_s = time.monotonic() - began
                 print(f"{row.name}: up after {boot_s:.0f} s", flush=True)
-                act(row, server, boot_s)
+                self._check(row, server, boot_s)
             except Exception as error:  # noqa: BLE001 - a row that fails leaves its error; the others go on
                 print(f"{row.name}: {type(error).__name__}: {str(error)[-1500:]}", flush=True)
                 if self._left() > 25 or not isinstance(error, ServerError):
@@ -144,16 +138,8 @@ class Proof:
 
     def _check(self, row: Row, server: Server, boot_s: float) -> None:
         """Log-probabilities and routes of all prompts, one at a time; then some in batches."""
-        if row.probe:
-            server.request("DELETE", "/softprune/v1/routes")
         prompts = self.prompts[:16] if row.graphs else self.prompts
-        answers = [self.engine.ask(server, [prompt], MAX_TOKENS)[0] for prompt in prompts]
-        result: dict[str, Any] = {"boot_s": boot_s, "tokens": [ids for ids, _ in answers], "logprobs": [scores for _, scores in answers]}
-        result["sent"] = sum(len(prompt) + MAX_TOKENS - 1 for prompt in prompts)
-        if row.patched:
-            result["status"] = server.request("GET", "/softprune/v1/status")[1]
-        if row.probe:
-            result["routes"] = server.request("DELETE", "/softprune/v1/routes?trace=1")[1]
+        result = {"boot_s": boot_s, **self.engine.examine(row, server, prompts, 1, MAX_TOKENS)}
         if row.batched:
             result["batched"] = []
             for start in range(0, min(64, len(prompts)), BATCH):
@@ -293,7 +279,7 @@ def main() -> None:
     finally:
         args.out.write_text(json.dumps(proof.report(), indent=1) + "\n")
     failed = [path.stem for path in proof.results.glob("*.error")]
-    left = [row.name for group in proof.rows() for row in group]
+    left = [row.name for rows in proof.rows() for row in rows]
     print(f"{time.monotonic() - began:.0f} s; errors: {failed or 'none'}; rows left: {left or 'none'}")
 
 

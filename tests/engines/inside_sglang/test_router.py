@@ -106,7 +106,9 @@ def top_k_module(**changes: object) -> nn.Module:
 
 def test_how_experts_are_selected_is_read() -> None:
     def layer(module: nn.Module) -> routers.MoeLayer:
-        return routers.MoeLayer("layer 0", nn.Module(), module, nn.Module(), has_bias=True)
+        block = nn.Module()
+        block.topk = module
+        return routers.MoeLayer("layer 0", nn.Module(), block, has_bias=True)
 
     assert routers.selected_top_k(layer(top_k_module())) == 4
     others = {"scoring_func": "sigmoid", "correction_bias": torch.zeros(3), "use_grouped_topk": True, "num_fused_shared_experts": 1}
