@@ -77,6 +77,7 @@ MODES_OF_SOME_VERSIONS = (
 
 PROVEN_BACKENDS: dict[proven.Backend, str] = {
     ("cuda", "GptOssForCausalLM", "mxfp4/triton_kernel"): "bench/results/sglang_gpu.json",
+    ("cuda", "Qwen3MoeForCausalLM", "bf16/triton"): "bench/results/sglang_gpu.json",
     ("cpu", "GptOssForCausalLM", "bf16/native"): "tests/engines",
     ("cpu", "Qwen3MoeForCausalLM", "bf16/native"): "tests/engines",
 }

@@ -45,7 +45,7 @@ UNPROVEN_MODES = (
     Mode("--model-impl", "model_config.model_impl", among("auto", "vllm")),
 )
 
-_ON_GPU = "bench/results/vllm_gpu_backends.json"
+_ON_GPU = "bench/results/vllm_gpu.json"
 PROVEN_BACKENDS = {
     ("cpu", "GptOssForCausalLM", "unquantized/CPU"): "tests/engines",
     ("cpu", "Qwen3MoeForCausalLM", "unquantized/CPU"): "tests/engines",

@@ -32,6 +32,8 @@ from tests.slicing import slice_checkpoint
 
 PROMPT_TOKENS, MAX_TOKENS, BATCH = 128, 4, 32
 ROUNDS = 3
+BOOT_SECONDS = 330
+"""A server that is not up by then is not waited for: the others of its batch hold the GPU meanwhile."""
 
 
 class Proof:
@@ -79,15 +81,15 @@ class Proof:
             Row("all eager", mask="all"),
             Row("plain eager", patched=False, command=1, batched=True),
         ]
+        # SGLang's kernel for small routers takes multiples of 16, so these two run the same one.
+        sixteen = (Row("keep16 eager", mask="keep16", probe=True), Row("sliced16 eager", "sliced16", probe=True))
         rest = [
-            # SGLang's kernel for small routers takes multiples of 16, so these two run the same one.
-            Row("keep16 eager", mask="keep16", probe=True),
-            Row("sliced16 eager", "sliced16", probe=True),
+            *(Row(f"keep24 {name}", mask="keep24", args=(flag, name), probe=True) for name in native),
+            *(sixteen if self.engine.name == "sglang" else ()),
             Row("keep19 eager", mask="keep19", probe=True),
             Row("uneven eager", mask="uneven", probe=True),
             Row("keep20 top2 eager", mask="keep20 top2", probe=True, command=1),
             Row("top1 eager", mask="keep24", args=("--expert-top-k", "1"), probe=True),
-            *(Row(f"keep24 {name}", mask="keep24", args=(flag, name), probe=True) for name in native),
             Row("qwen keep9 eager", "qwen", mask="qwen", probe=True),
             Row("qwen unmasked eager", "qwen", probe=True),
             Row("qwen keep9 graphs", "qwen", mask="qwen", graphs=True),
@@ -98,9 +100,8 @@ class Proof:
     def run(self) -> None:
         """All that time allows."""
         first, rest = self.rows()
-        self._serve(first)
+        self._serve([*first, *rest])
         self._speed()
-        self._serve(rest)
 
     def _left(self) -> float:
         return self.deadline - time.monotonic()
@@ -120,7 +121,7 @@ class Proof:
 
         def one(row: Row, server: Server) -> None:
             try:
-                server.wait_ready(max(1.0, self._left() - 20))
+                server.wait_ready(max(1.0, min(BOOT_SECONDS, self._left() - 20)))
                 boot_s = time.monotonic() - began
                 print(f"{row.name}: up after {boot_s:.0f} s", flush=True)
                 self._check(row, server, boot_s)
