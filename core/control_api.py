@@ -1,19 +1,35 @@
 """The control API as an ASGI middleware, the same for every engine.
 
-Everything under /softprune/v1 is answered here and nothing of it without the key; all else passes through.
-An extension says how to ask its engine.
+Everything under /softprune/v1 is answered here and nothing of it without the key; all else passes through, and what
+the engine answers is told the mask epochs that it ran under. An extension says how to ask its engine.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
-from softprune.control import KEY_HEADER, PREFIX, error_body, key_matches
+from softprune.control import BODY, IN_FLIGHT, KEY_HEADER, PREFIX, ControlError, error_body, key_matches
 from softprune.errors import RefusedError
 from softprune.launch import Launch
+from softprune.mask import MAX_BYTES, ExpertMask, decode_json
+from softprune.mask_state import kept_after
+from softprune.metrics import mask_metrics
+from softprune.response_epochs import PATHS, naming_epochs
+from softprune.runtime.epochs import RequestIndex
+
+logger = logging.getLogger(__name__)
+
+CALLS = (
+    "GET status", "GET mask", "PUT mask", "DELETE mask", "GET requests/{id}", "POST verify", "GET routes", "DELETE routes",
+)  # fmt: skip
+"""Everything that is answered; each asks for the key."""
 
 
 class ControlApi(ABC):
@@ -22,11 +38,17 @@ class ControlApi(ABC):
     Attributes:
         app: what answers everything else.
         key: softprune's own key; while it is None, every call is answered 401.
+        finished: epochs of the requests whose last output has reached this process; an extension fills it.
+        log: where switches are told of.
     """
+
+    log: logging.Logger = logger
 
     def __init__(self, app: Any, key: str | None = None) -> None:
         self.app = app
         self.key = key
+        self.finished = RequestIndex()
+        self._switching = asyncio.Lock()
 
     @abstractmethod
     async def launch(self, scope: Any) -> Launch:
@@ -34,7 +56,27 @@ class ControlApi(ABC):
 
     @abstractmethod
     async def ask(self, scope: Any, what: str, **arguments: Any) -> list[Any]:
-        """Ask every process that holds routers for "status" or "routes"; one answer from each."""
+        """Ask every process that holds routers for "status", "mask_text", "verified" or "routes"; one answer from each."""
+
+    @abstractmethod
+    async def ask_scheduler(self, scope: Any, what: str, **arguments: Any) -> Any:
+        """Ask the process that launches steps for "status" or "request"."""
+
+    @abstractmethod
+    async def switch(self, scope: Any, text: str | None, in_flight: str) -> dict[str, Any]:
+        """Put a mask in force, between two steps, in every process or in none.
+
+        Args:
+            scope: of the call.
+            text: of a mask file; None for no mask.
+            in_flight: one of `IN_FLIGHT`.
+
+        Returns:
+            {"epoch", "ranks": every process's new status}.
+
+        Raises:
+            ControlError: it was refused; the old mask stays.
+        """
 
     @abstractmethod
     def about(self, scope: Any) -> dict[str, Any]:
@@ -45,33 +87,102 @@ class ControlApi(ABC):
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if path == PREFIX or path.startswith(PREFIX + "/"):
                 try:
-                    status, body = await self._answer(scope, path.removeprefix(PREFIX))
-                except RefusedError as error:
-                    status, body = 409, error_body("refused", str(error))
+                    status, body = await self._answer(scope, receive, path.removeprefix(PREFIX))
+                except _HungUp:
+                    return
+                except Exception as error:
+                    known = ControlError.of(error)
+                    if known.status == 500:
+                        self.log.exception("softprune: %s %s failed", scope["method"], path)
+                    status, body = known.status, error_body(known.kind, str(known), known.detail)
                 await _send_json(send, status, body)
                 return
+            if path in PATHS:
+                send = naming_epochs(send, self.finished)
         await self.app(scope, receive, send)
 
-    async def _answer(self, scope: Any, path: str) -> tuple[int, Any]:
+    async def _answer(self, scope: Any, receive: Any, path: str) -> tuple[int, Any]:
         headers = {name.lower(): value for name, value in scope["headers"]}
         sent = headers.get(KEY_HEADER.lower().encode(), b"").decode("latin-1")
         if self.key is None or not key_matches(sent, self.key):
             return 401, error_body("unauthorized", f"softprune's own key is missing or wrong; send it in {KEY_HEADER}")
+        query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
         match scope["method"], path:
             case "GET", "/status":
-                return 200, {**self.about(scope), **(await self.ask(scope, "status"))[0]}
+                return 200, await self._status(scope)
+            case "GET", "/mask":
+                text = _agreed(await self.ask(scope, "mask_text"), "masks")
+                return 200, {"mask": None if text is None else json.loads(text)}
+            case "PUT", "/mask":
+                mask = ExpertMask.parse(decode_json(await _body(headers, receive), BODY), BODY)
+                return 200, await self._switch(scope, mask, query)
+            case "DELETE", "/mask":
+                return 200, await self._switch(scope, None, query)
+            case "GET", request if request.startswith("/requests/"):
+                return await self._request(scope, unquote(request.removeprefix("/requests/")))
+            case "POST", "/verify":
+                refusals = [answer for answer in await self.ask(scope, "verified") if answer is not None]
+                return 200, {"obeyed": not refusals, "detail": refusals[0]["message"] if refusals else None}
             case ("GET" | "DELETE") as method, "/routes":
-                trace = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("trace") == ["1"]
-                return await self._routes(scope, reset=method == "DELETE", trace=trace)
-        return 404, error_body("not_found", f"no {scope['method']} {PREFIX}{path}; there are GET status, GET routes, DELETE routes")
+                return 200, await self._routes(scope, reset=method == "DELETE", trace=query.get("trace") == ["1"])
+        return 404, error_body("not_found", f"no {scope['method']} {PREFIX}{path}; there are {', '.join(CALLS)}")
 
-    async def _routes(self, scope: Any, reset: bool, trace: bool) -> tuple[int, Any]:
+    async def _status(self, scope: Any) -> dict[str, Any]:
+        launch = await self.launch(scope)
+        ranks = await self.ask(scope, "status")
+        _agreed([(rank["mask"] or {}).get("hash") for rank in ranks], "masks")
+        state = launch.expert_mask_state
+        return {
+            **self.about(scope), **ranks[0], **await self.ask_scheduler(scope, "status"),
+            "launch_mask": launch.mask_hash, "state_file": state,
+            "after_restart": "the mask in force" if state else "the launch mask",
+        }  # fmt: skip
+
+    async def _switch(self, scope: Any, mask: ExpertMask | None, query: dict[str, list[str]]) -> dict[str, Any]:
+        in_flight = query.get("in_flight", ["continue"])[-1]
+        if in_flight not in IN_FLIGHT:
+            raise ControlError(400, "invalid_in_flight", f"in_flight: found {in_flight!r}; expected one of {', '.join(IN_FLIGHT)}")
+        # Shielded: a switch that has begun is finished, even if its client is gone.
+        return await asyncio.shield(asyncio.ensure_future(self._switch_in_turn(scope, mask, in_flight)))
+
+    async def _switch_in_turn(self, scope: Any, mask: ExpertMask | None, in_flight: str) -> dict[str, Any]:
+        began = time.perf_counter()
+        async with self._switching:
+            launch = await self.launch(scope)
+            try:
+                with kept_after(launch.expert_mask_state, mask):
+                    done = await self.switch(scope, None if mask is None else mask.dump(), in_flight)
+            except BaseException:
+                mask_metrics().refused()
+                raise
+            seconds = time.perf_counter() - began
+            self.publish(done["epoch"], done["ranks"][0])
+            mask_metrics().switched(seconds)
+        if launch.expert_mask_state is None:
+            self.log.warning("softprune: mask epoch %d; a restart returns to the launch mask (no --expert-mask-state)", done["epoch"])
+        return {"epoch": done["epoch"], "ms": round(1000 * seconds, 3), "in_flight": in_flight, "mask": done["ranks"][0]["mask"]}
+
+    async def _request(self, scope: Any, name: str) -> tuple[int, Any]:
+        found = await self.ask_scheduler(scope, "request", name=name)
+        if found is None:
+            return 404, error_body("not_found", f"no request {name} among those running and the last 10,000 finished")
+        return 200, found
+
+    async def _routes(self, scope: Any, reset: bool, trace: bool) -> Any:
         if not (await self.launch(scope)).debug_routes:
-            return 409, error_body("probe_is_off", "start the server with --softprune-debug-routes")
-        answers = await self.ask(scope, "routes", reset=reset, trace=trace)
-        if any(answer != answers[0] for answer in answers):
-            return 500, error_body("ranks_disagree", "the processes' routers selected differently", answers)
-        return 200, answers[0]
+            raise ControlError(409, "probe_is_off", "start the server with --softprune-debug-routes")
+        return _agreed(await self.ask(scope, "routes", reset=reset, trace=trace), "routes")
+
+    @staticmethod
+    def publish(epoch: int, status: dict[str, Any]) -> None:
+        """Tell Prometheus what is in force.
+
+        Args:
+            epoch: the mask's.
+            status: a process's `MaskedModel.status`.
+        """
+        mask = status["mask"]
+        mask_metrics().in_force(epoch, mask["num_kept"] if mask else [status["num_experts"]] * status["num_layers"])
 
 
 def check_served(launch: Launch, rank: int, status: Any) -> None:
@@ -92,6 +203,43 @@ def check_served(launch: Launch, rank: int, status: Any) -> None:
             f"process {rank}: serves mask {served[0]}, top_k {served[1]}; expected {launch.mask_hash}, {launch.top_k}. "
             "Its log says whether softprune's plugin ran there."
         )
+
+
+class _HungUp(Exception):
+    """The client is gone before its body was read."""
+
+
+async def _body(headers: dict[bytes, bytes], receive: Callable[[], Awaitable[dict[str, Any]]]) -> bytes:
+    """A request's body, of which no more than `MAX_BYTES` is ever held.
+
+    Raises:
+        ControlError: 413, before it is read where its length is given.
+    """
+    too_large = ControlError(413, "body_too_large", f"{BODY}: found over 16 MB; expected at most 16 MB", {"limit": MAX_BYTES})
+    length = headers.get(b"content-length", b"0")
+    if not length.isdigit() or int(length) > MAX_BYTES:
+        raise too_large
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _HungUp
+        body += message.get("body", b"")
+        if len(body) > MAX_BYTES:
+            raise too_large
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+def _agreed(answers: list[Any], what: str) -> Any:
+    """What all processes answered.
+
+    Raises:
+        ControlError: they answered differently.
+    """
+    if any(answer != answers[0] for answer in answers):
+        raise ControlError(500, "ranks_disagree", f"the processes' {what} differ", answers)
+    return answers[0]
 
 
 async def _send_json(send: Any, status: int, body: Any) -> None:

@@ -33,8 +33,13 @@ FLAGS = (
     Flag("--expert-mask", "expert_mask", "Expert mask (softprune mask new): pruned experts are never routed to.", ("FILE", str)),
     Flag("--expert-top-k", "expert_top_k", "Experts per token, from 1 to the model's own number.", ("K", int)),
     Flag("--expert-mask-force", "expert_mask_force", "Use a mask whose fingerprint is that of other weights. Lifts no other check."),
+    Flag(
+        "--expert-mask-state", "expert_mask_state",
+        "File that keeps the mask that was put live across restarts; where it exists, it decides and not --expert-mask.", ("FILE", str),
+    ),
+    Flag("--softprune-control", "control", "Serve softprune's control API, so that masks can be put live; implied by the flags above."),
     Flag("--softprune-debug-routes", "debug_routes", "Count what every router selects (GET /softprune/v1/routes); eager mode only."),
-)
+)  # fmt: skip
 KEY_OPTION = "--softprune-key"
 KEY_HELP = "Key of the control API; else SOFTPRUNE_KEY, else one is generated and its file logged."
 GROUP = ("softprune", "Prune experts while serving.")

@@ -7,6 +7,7 @@ if the file is no longer the one that was checked.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from softprune.checkpoint.families import SPEC_FIELDS, ModelSpec, spec_of
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.errors import MaskError, RefusedError
 from softprune.mask import ExpertMask
+from softprune.mask_state import read_state
 
 TOP_K_FIELDS = ("num_experts_per_tok", "experts_per_token")
 """Names of top_k in config.json; gpt-oss has both."""
@@ -31,6 +33,8 @@ class LaunchRequest(BaseModel):
         expert_mask: path of the mask file, or None for no mask.
         expert_top_k: experts per token, or None for the mask's, else the model's own.
         expert_mask_force: use a mask made for other weights.
+        expert_mask_state: path of the file that keeps a live mask across restarts; where it exists, it decides.
+        control: serve the control API even where nothing else is asked for.
         debug_routes: count what the routers select.
     """
 
@@ -39,6 +43,8 @@ class LaunchRequest(BaseModel):
     expert_mask: str | None = None
     expert_top_k: int | None = None
     expert_mask_force: bool = False
+    expert_mask_state: str | None = None
+    control: bool = False
     debug_routes: bool = False
 
     @classmethod
@@ -64,37 +70,53 @@ class LaunchRequest(BaseModel):
 
         Raises:
             MaskError, CheckpointError: the mask cannot be used for this model.
-            RefusedError: `expert_top_k` is out of range or contradicts the mask's.
+            RefusedError: `expert_top_k` is out of range or contradicts the mask's; the state file's folder cannot be written.
         """
         spec = spec_of(config, f"{model}/config.json")
-        mask = None
-        if self.expert_mask is not None:
-            mask = mask_file.load(self.expert_mask)
-            mask.check_model(spec, self.expert_mask)
+        if self.expert_mask_state is not None:
+            folder = Path(self.expert_mask_state).absolute().parent
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise RefusedError(f"--expert-mask-state: found {self.expert_mask_state}; expected a file in a folder that can be written")
+        mask = self._mask()
+        if mask is not None:
+            mask.check_model(spec, self.mask_source)
             if Path(model).is_dir():
-                mask.check_fingerprint(fingerprint_of_checkpoint(model), self.expert_mask, self.expert_mask_force)
+                mask.check_fingerprint(fingerprint_of_checkpoint(model), self.mask_source, self.expert_mask_force)
         return Launch(
-            expert_mask=None if self.expert_mask is None else str(Path(self.expert_mask).absolute()),
-            expert_top_k=self.expert_top_k,
-            expert_mask_force=self.expert_mask_force,
-            debug_routes=self.debug_routes,
+            **self.model_dump(exclude={"expert_mask", "expert_mask_state"}),
+            expert_mask=_absolute(self.expert_mask),
+            expert_mask_state=_absolute(self.expert_mask_state),
             mask_hash=mask.hash if mask else None,
             top_k=self._top_k(mask, spec),
             model_top_k=spec.top_k,
         )
+
+    @property
+    def mask_source(self) -> str:
+        """The file that says which mask to start with; "no mask" if there is none."""
+        if self.expert_mask_state is not None and Path(self.expert_mask_state).exists():
+            return self.expert_mask_state
+        return "no mask" if self.expert_mask is None else self.expert_mask
+
+    def _mask(self) -> ExpertMask | None:
+        """The mask to start with."""
+        source = self.mask_source
+        if source == self.expert_mask_state:
+            return read_state(source)
+        return None if self.expert_mask is None else mask_file.load(self.expert_mask)
 
     def _top_k(self, mask: ExpertMask | None, spec: ModelSpec) -> int:
         flag, asked = self.expert_top_k, mask.top_k if mask else None
         if isinstance(asked, list):
             if len(set(asked)) > 1:
                 raise MaskError(
-                    str(self.expert_mask), "top_k", "a different number for each layer", "one number: this engine has one top_k"
+                    self.mask_source, "top_k", "a different number for each layer", "one number: this engine has one top_k"
                 )
             asked = asked[0]
         if flag is not None and not 1 <= flag <= spec.top_k:
             raise RefusedError(f"--expert-top-k: found {flag}; expected from 1 to the model's own top_k = {spec.top_k}")
         if flag is not None and asked is not None and flag != asked:
-            raise RefusedError(f"--expert-top-k: found {flag}; expected {asked}, as the mask {self.expert_mask} says, or no flag")
+            raise RefusedError(f"--expert-top-k: found {flag}; expected {asked}, as the mask {self.mask_source} says, or no flag")
         return flag or asked or spec.top_k
 
 
@@ -149,11 +171,14 @@ class Launch(LaunchRequest):
         Raises:
             MaskError: the file is gone, broken, for another model, or not the one that was checked.
         """
-        if self.expert_mask is None:
-            return None
-        mask = mask_file.load(self.expert_mask)
-        mask.check_model(spec, self.expert_mask)
-        if mask.hash != self.mask_hash:
-            found, expected = f"another mask ({mask.hash[:19]}…) than at the start", f"{str(self.mask_hash)[:19]}…, unchanged"
-            raise MaskError(self.expert_mask, "", found, expected)
+        mask, source = self._mask(), self.mask_source
+        if (mask.hash if mask else None) != self.mask_hash:
+            found = mask.hash if mask else "no mask"
+            raise MaskError(source, "", f"another mask ({found[:19]}…) than at the start", f"{str(self.mask_hash)[:19]}…, unchanged")
+        if mask is not None:
+            mask.check_model(spec, source)
         return mask
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())

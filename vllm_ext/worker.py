@@ -74,13 +74,12 @@ class ExpertMaskWorker:
             mask.check_fingerprint(incoming, str(self._launch.expert_mask))
             if mask.model.fingerprint is None:
                 raise RefusedError(f"reload_weights: {path} has other routers than those loaded, and the mask names no fingerprint")
-        state.remove()
+        state.apply(None)
         try:
             with routers.as_built(self._layers):
                 super().reload_weights(*args, **kwargs)  # type: ignore[misc]
             state.remember()
-            if mask is not None:
-                state.apply(mask)
+            state.apply(mask)
             self._verify()
             model.fingerprint = incoming
         except BaseException:

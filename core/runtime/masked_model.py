@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 
 from softprune.checkpoint.families import ModelSpec
 from softprune.checkpoint.fingerprint import fingerprint
+from softprune.control import BODY, ControlError, check_top_k
 from softprune.errors import RefusedError
 from softprune.launch import Launch
+from softprune.mask import ExpertMask
 from softprune.runtime.route_probe import RouteProbe
 from softprune.runtime.router_mask import Router, RouterMask
 
@@ -46,13 +49,13 @@ class MaskedModel:
             MaskError: the mask cannot be read any more, or was made for other weights.
         """
         mask = launch.read_mask(spec)
-        self.launch, self.spec, self.backend = launch, spec, ""
+        self.launch, self.spec, self.backend, self._log = launch, spec, "", log
         self.fingerprint = fingerprint(spec, loaded)
         self._hidden, self._dtype = loaded[0][0].shape[1], loaded[0][0].dtype
         self.routers = RouterMask(routers)
         self.probe: RouteProbe | None = None
         if mask is not None:
-            warning = mask.check_fingerprint(self.fingerprint, str(launch.expert_mask), launch.expert_mask_force)
+            warning = mask.check_fingerprint(self.fingerprint, launch.mask_source, launch.expert_mask_force)
             if warning:
                 log.warning("softprune: %s", warning)
             self.routers.apply(mask)
@@ -67,7 +70,7 @@ class MaskedModel:
         """One line for the log."""
         mask = self.routers.mask
         kept = "all experts" if mask is None else mask.summary
-        return f"softprune: {self.spec.num_layers} MoE layers, {kept}, top_k {self.launch.top_k}"
+        return f"softprune: {self.spec.num_layers} MoE layers, {kept}, top_k {self.launch.top_k} ({self.launch.mask_source})"
 
     def verify(self) -> None:
         """Run every router once as the engine does and see that it obeys.
@@ -82,11 +85,61 @@ class MaskedModel:
         self.probe = RouteProbe(self.spec.num_layers, self.spec.num_experts, self.device)
         return self.probe
 
+    def stage(self, text: str | None) -> dict[str, Any] | None:
+        """First half of a live switch: check a mask and compute the biases under it. Nothing changes yet.
+
+        Never raises: an exception in one of several processes would leave an engine's others waiting.
+
+        Args:
+            text: of a mask file; None for no mask.
+
+        Returns:
+            None if this process can put it in force, else `ControlError.answer`.
+        """
+        try:
+            mask = None
+            if text is not None:
+                mask = ExpertMask.parse(json.loads(text), BODY)
+                mask.check_model(self.spec, BODY)
+                warning = mask.check_fingerprint(self.fingerprint, BODY, self.launch.expert_mask_force)
+                if warning:
+                    self._log.warning("softprune: %s", warning)
+                check_top_k(mask, self.launch.top_k)
+            self.routers.stage(mask)
+        except Exception as error:  # noqa: BLE001 - see above
+            return ControlError.of(error).answer
+        return None
+
+    def commit(self) -> dict[str, Any]:
+        """Second half: put it in force, on the stream that runs the model. Returns the new `status`."""
+        self.routers.commit()
+        mask = self.routers.mask
+        self._log.info("softprune: live switch to %s", "all experts" if mask is None else f"{mask.summary}, mask {mask.hash[:19]}…")
+        return self.status()
+
+    def drop(self) -> None:
+        """Instead of the second half, where another process refused."""
+        self.routers.drop()
+
+    def mask_text(self) -> str | None:
+        """The mask in force, as a mask file; None if there is none."""
+        return None if self.routers.mask is None else self.routers.mask.dump()
+
+    def verified(self) -> dict[str, Any] | None:
+        """`verify` on a running engine: None, or `ControlError.answer`."""
+        try:
+            self.verify()
+        except Exception as error:  # noqa: BLE001 - as in `stage`
+            return ControlError.of(error).answer
+        return None
+
     def status(self) -> dict[str, Any]:
         """What this process serves; JSON-ready."""
         mask = self.routers.mask
         return {
             "mask": None if mask is None else {"hash": mask.hash, "num_kept": mask.num_kept},
+            "num_layers": self.spec.num_layers,
+            "num_experts": self.spec.num_experts,
             "top_k": self.launch.top_k,
             "fingerprint": self.fingerprint,
             "moe_backend": self.backend,

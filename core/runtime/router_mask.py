@@ -32,32 +32,51 @@ class Router:
 
 
 class RouterMask:
-    """The routers of a model in layer order, the biases they were loaded with, and the mask in force."""
+    """The routers of a model in layer order, the biases they were loaded with, and the mask in force.
+
+    A switch has two parts, so that several processes can agree between them: `stage` computes, `commit` copies.
+    """
 
     def __init__(self, routers: Sequence[Router]) -> None:
         """Remember the biases as they are now; build it before any mask is applied."""
         self.routers = list(routers)
         self.mask: ExpertMask | None = None
+        self._staged: tuple[ExpertMask | None, torch.Tensor] | None = None
         self.remember()
 
     @torch.no_grad()
-    def apply(self, mask: ExpertMask) -> None:
-        """Put a mask in force, in place; a mask before it leaves no trace."""
-        for layer, (router, loaded) in enumerate(zip(self.routers, self.loaded, strict=True)):
-            pruned = torch.tensor(mask.pruned(layer), dtype=torch.long, device=loaded.device)
-            router.bias.copy_(loaded.index_fill(0, pruned, float("-inf")))
-        self.mask = mask
-
     def remember(self) -> None:
         """Take the biases as they are now for the loaded ones; after a reload, while no mask is in force."""
-        self.loaded = [router.bias.detach().clone() for router in self.routers]
+        self.loaded = torch.stack([router.bias.detach() for router in self.routers])
 
     @torch.no_grad()
-    def remove(self) -> None:
-        """Restore exactly the biases that were loaded."""
-        for router, loaded in zip(self.routers, self.loaded, strict=True):
-            router.bias.copy_(loaded)
-        self.mask = None
+    def stage(self, mask: ExpertMask | None) -> None:
+        """Compute the biases under a mask (None: as loaded), [num_layers, num_experts], beside those in force."""
+        biases = self.loaded
+        if mask is not None:
+            pruned = torch.tensor([[i in ids for i in range(mask.model.num_experts)] for ids in map(mask.pruned, range(len(self.routers)))])
+            if biases.is_cuda:
+                pruned = pruned.pin_memory()  # else the host would wait for the steps in flight
+            biases = biases.masked_fill(pruned.to(biases.device, non_blocking=True), float("-inf"))
+        self._staged = mask, biases
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Put in force what was staged: one copy into the tensors that the engine reads, on the current stream."""
+        if self._staged is None:
+            raise RuntimeError("no mask is staged")
+        mask, biases = self._staged
+        torch._foreach_copy_([router.bias for router in self.routers], list(biases.unbind()))
+        self.mask, self._staged = mask, None
+
+    def drop(self) -> None:
+        """Forget what was staged."""
+        self._staged = None
+
+    def apply(self, mask: ExpertMask | None) -> None:
+        """Put a mask in force, in place; None restores exactly the biases that were loaded, and a mask before leaves no trace."""
+        self.stage(mask)
+        self.commit()
 
     @torch.no_grad()
     def verify(self, hidden: int, dtype: torch.dtype) -> None:
