@@ -26,6 +26,7 @@ from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
 from softprune.report.keep_map import keep_map
 from softprune.report.progress import tensor_progress
+from softprune.server_cli import selftest, server_app
 
 
 class _Group(typer.core.TyperGroup):
@@ -48,6 +49,8 @@ checkpoint_app = typer.Typer(help="Look at checkpoints, make random ones, dequan
 app.add_typer(mask_app, name="mask")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(bench_app, name="bench")
+app.add_typer(server_app, name="server")
+app.command("selftest")(selftest)
 console = Console(highlight=False)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]

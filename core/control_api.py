@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from softprune.control import BODY, IN_FLIGHT, KEY_HEADER, PREFIX, ControlError, error_body, key_matches
-from softprune.errors import RefusedError
+from softprune.errors import MaskError, RefusedError
 from softprune.launch import Launch
 from softprune.mask import MAX_BYTES, ExpertMask, decode_json
 from softprune.mask_state import kept_after
@@ -30,6 +31,7 @@ CALLS = (
     "GET status", "GET mask", "PUT mask", "DELETE mask", "GET requests/{id}", "POST verify", "GET routes", "DELETE routes",
 )  # fmt: skip
 """Everything that is answered; each asks for the key."""
+_MAX_DEPTH = 50
 
 
 class ControlApi(ABC):
@@ -49,6 +51,7 @@ class ControlApi(ABC):
         self.key = key
         self.finished = RequestIndex()
         self._switching = asyncio.Lock()
+        self._switches: set[asyncio.Task[dict[str, Any]]] = set()
 
     @abstractmethod
     async def launch(self, scope: Any) -> Launch:
@@ -60,7 +63,7 @@ class ControlApi(ABC):
 
     @abstractmethod
     async def ask_scheduler(self, scope: Any, what: str, **arguments: Any) -> Any:
-        """Ask the process that launches steps for "status" or "request"."""
+        """Ask the process that launches steps for "status", "request" or "tokens" (scheduled in each epoch)."""
 
     @abstractmethod
     async def switch(self, scope: Any, text: str | None, in_flight: str) -> dict[str, Any]:
@@ -106,7 +109,7 @@ class ControlApi(ABC):
         sent = headers.get(KEY_HEADER.lower().encode(), b"").decode("latin-1")
         if self.key is None or not key_matches(sent, self.key):
             return 401, error_body("unauthorized", f"softprune's own key is missing or wrong; send it in {KEY_HEADER}")
-        query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+        query = parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
         match scope["method"], path:
             case "GET", "/status":
                 return 200, await self._status(scope)
@@ -114,8 +117,9 @@ class ControlApi(ABC):
                 text = _agreed(await self.ask(scope, "mask_text"), "masks")
                 return 200, {"mask": None if text is None else json.loads(text)}
             case "PUT", "/mask":
-                mask = ExpertMask.parse(decode_json(await _body(headers, receive), BODY), BODY)
-                return 200, await self._switch(scope, mask, query)
+                data = decode_json(await _body(headers, receive), BODY)
+                _check_travels(data)
+                return 200, await self._switch(scope, ExpertMask.parse(data, BODY), query)
             case "DELETE", "/mask":
                 return 200, await self._switch(scope, None, query)
             case "GET", request if request.startswith("/requests/"):
@@ -142,25 +146,37 @@ class ControlApi(ABC):
         in_flight = query.get("in_flight", ["continue"])[-1]
         if in_flight not in IN_FLIGHT:
             raise ControlError(400, "invalid_in_flight", f"in_flight: found {in_flight!r}; expected one of {', '.join(IN_FLIGHT)}")
-        # Shielded: a switch that has begun is finished, even if its client is gone.
-        return await asyncio.shield(asyncio.ensure_future(self._switch_in_turn(scope, mask, in_flight)))
+        # Shielded: a switch that has begun is finished, even if its client is gone. Held, since a loop holds its tasks weakly.
+        task = asyncio.create_task(self._switch_in_turn(scope, mask, in_flight))
+        self._switches.add(task)
+        task.add_done_callback(self._switches.discard)
+        return await asyncio.shield(task)
 
     async def _switch_in_turn(self, scope: Any, mask: ExpertMask | None, in_flight: str) -> dict[str, Any]:
         began = time.perf_counter()
         async with self._switching:
-            launch = await self.launch(scope)
+            launch, done = await self.launch(scope), None
             try:
                 with kept_after(launch.expert_mask_state, mask):
                     done = await self.switch(scope, None if mask is None else mask.dump(), in_flight)
-            except BaseException:
-                mask_metrics().refused()
-                raise
-            seconds = time.perf_counter() - began
-            self.publish(done["epoch"], done["ranks"][0])
-            mask_metrics().switched(seconds)
+            except BaseException as error:
+                if done is None:
+                    mask_metrics().refused()
+                    raise
+                self._switched(done, began)
+                message = f"mask epoch {done['epoch']} is in force, but {launch.expert_mask_state} could not be written: {error}"
+                raise ControlError(500, "state_not_written", message) from error
+            seconds = self._switched(done, began)
         if launch.expert_mask_state is None:
             self.log.warning("softprune: mask epoch %d; a restart returns to the launch mask (no --expert-mask-state)", done["epoch"])
         return {"epoch": done["epoch"], "ms": round(1000 * seconds, 3), "in_flight": in_flight, "mask": done["ranks"][0]["mask"]}
+
+    def _switched(self, done: dict[str, Any], began: float) -> float:
+        """A switch took effect; the seconds that it took."""
+        seconds = time.perf_counter() - began
+        self.publish(done["epoch"], done["ranks"][0])
+        mask_metrics().switched(seconds)
+        return seconds
 
     async def _request(self, scope: Any, name: str) -> tuple[int, Any]:
         found = await self.ask_scheduler(scope, "request", name=name)
@@ -171,7 +187,8 @@ class ControlApi(ABC):
     async def _routes(self, scope: Any, reset: bool, trace: bool) -> Any:
         if not (await self.launch(scope)).debug_routes:
             raise ControlError(409, "probe_is_off", "start the server with --softprune-debug-routes")
-        return _agreed(await self.ask(scope, "routes", reset=reset, trace=trace), "routes")
+        routes = _agreed(await self.ask(scope, "routes", reset=reset, trace=trace), "routes")
+        return {**routes, "scheduled_tokens": await self.ask_scheduler(scope, "tokens")}
 
     @staticmethod
     def publish(epoch: int, status: dict[str, Any]) -> None:
@@ -217,7 +234,7 @@ async def _body(headers: dict[bytes, bytes], receive: Callable[[], Awaitable[dic
     """
     too_large = ControlError(413, "body_too_large", f"{BODY}: found over 16 MB; expected at most 16 MB", {"limit": MAX_BYTES})
     length = headers.get(b"content-length", b"0")
-    if not length.isdigit() or int(length) > MAX_BYTES:
+    if not length.isdigit() or len(length) > 20 or int(length) > MAX_BYTES:
         raise too_large
     body = bytearray()
     while True:
@@ -229,6 +246,23 @@ async def _body(headers: dict[bytes, bytes], receive: Callable[[], Awaitable[dic
             raise too_large
         if not message.get("more_body"):
             return bytes(body)
+
+
+def _check_travels(data: Any) -> None:
+    """See that decoded JSON can be encoded and decoded again anywhere: Python's limits differ with the depth of its stack.
+
+    Raises:
+        MaskError: it is nested too deep, or holds a number that JSON has no name for.
+    """
+    level = [data]
+    for _ in range(_MAX_DEPTH):
+        if any(isinstance(value, float) and not math.isfinite(value) for value in level):
+            raise MaskError(BODY, "", "NaN or an infinite number", "numbers that JSON knows")
+        children = (value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list))
+        level = [child for some in children for child in some]
+        if not level:
+            return
+    raise MaskError(BODY, "", "JSON nested too deep", f"at most {_MAX_DEPTH} levels")
 
 
 def _agreed(answers: list[Any], what: str) -> Any:

@@ -26,15 +26,18 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 def naming_epochs(send: Send, finished: RequestIndex) -> Send:
     """An ASGI `send` that names the epochs of finished requests in every answer."""
     held: dict[str, Any] | None = None
+    length: int | None = None
 
     async def named(message: dict[str, Any]) -> None:
-        nonlocal held
+        nonlocal held, length
         if message["type"] == "http.response.start":
             held = message  # its content-length is not known before the body
+            length = _content_length(message["headers"])
             return
         if message["type"] == "http.response.body":
             body = message.get("body", b"")
-            named_body = name_epochs(body, finished) if body else body
+            # What has a length is named in one piece or not at all: after the first piece the length has been sent.
+            named_body = name_epochs(body, finished) if body and length in (None, len(body)) else body
             if held is not None:
                 if len(named_body) != len(body):
                     held = {**held, "headers": _lengthened(held["headers"], len(named_body) - len(body))}
@@ -66,6 +69,10 @@ def _event(event: bytes, finished: RequestIndex) -> bytes:
 def _field(request_id: bytes, finished: RequestIndex, after: bytes = b"") -> bytes:
     epochs = finished.epochs(request_id.decode("utf-8", "replace"))
     return b'"softprune":' + json.dumps({"epochs": epochs}, separators=(",", ":")).encode() + after if epochs else b""
+
+
+def _content_length(headers: Any) -> int | None:
+    return next((int(value) for name, value in headers if name.lower() == b"content-length"), None)
 
 
 def _lengthened(headers: Any, more: int) -> list[tuple[bytes, bytes]]:

@@ -30,6 +30,9 @@ logger = logging.getLogger("vllm.softprune")
 CONFIG_KEY = "softprune"
 """Key under which the request travels in `additional_config`; also how `LLM(...)` asks for a mask."""
 
+EPOCHS_KEY = "softprune"
+"""Key under which a finished request's epochs travel to the front end, in vLLM's one field with free JSON."""
+
 MIDDLEWARE = "softprune.vllm_ext.routes.ControlApi"
 
 
@@ -224,3 +227,6 @@ def _install(vllm_config: Any, launch: Launch) -> None:
             f"proven: {', '.join(WORKERS)}"
         )
     parallel.worker_cls = WORKERS[parallel.worker_cls]
+    # By name: the scheduler's module is for the engine core, which is another process.
+    name = "ExpertMaskAsyncScheduler" if vllm_config.scheduler_config.async_scheduling else "ExpertMaskScheduler"
+    vllm_config.scheduler_config.scheduler_cls = f"softprune.vllm_ext.scheduler.{name}"

@@ -30,6 +30,7 @@ UNPROVEN_MODES = (
     Mode("--nnodes", "parallel_config.nnodes", one),
     Mode("--api-server-count", "parallel_config._api_process_count", one),
     Mode("--distributed-executor-backend", "parallel_config.distributed_executor_backend", among(None, "mp", "uni")),
+    Mode("--scheduler-cls", "scheduler_config.scheduler_cls", falsy),
     Mode("--worker-extension-cls", "parallel_config.worker_extension_cls", falsy),
     Mode("--speculative-config", "speculative_config", falsy),
     Mode("--enable-lora", "lora_config", falsy),

@@ -23,8 +23,9 @@ FROM_CLI_ARGS = Seam("cli.from_args", "vllm.engine.arg_utils:EngineArgs.from_cli
 CREATE_ENGINE_CONFIG = Seam("engine.create_config", "vllm.engine.arg_utils:EngineArgs.create_engine_config")
 ADDITIONAL_CONFIG = Seam("engine.additional_config", "vllm.config:VllmConfig", ("additional_config",))
 HF_OVERRIDES = Seam("engine.hf_overrides", "vllm.config:ModelConfig", ("hf_overrides",))
+SCHEDULER_CLS = Seam("engine.scheduler_cls", "vllm.config:SchedulerConfig", ("scheduler_cls", "async_scheduling"))
 WORKER_CLS = Seam("engine.worker_cls", "vllm.config:ParallelConfig", ("worker_cls", "worker_extension_cls"))
-FRONT_END = (ADD_CLI_ARGS, FROM_CLI_ARGS, CREATE_ENGINE_CONFIG, ADDITIONAL_CONFIG, HF_OVERRIDES, WORKER_CLS)
+FRONT_END = (ADD_CLI_ARGS, FROM_CLI_ARGS, CREATE_ENGINE_CONFIG, ADDITIONAL_CONFIG, HF_OVERRIDES, SCHEDULER_CLS, WORKER_CLS)
 """Checked when a softprune flag is parsed, and again when the engine's configuration is made."""
 
 LOAD_MODEL = Seam("worker.load_model", "vllm.v1.worker.gpu_worker:Worker.load_model")
@@ -38,6 +39,39 @@ GPT_OSS_BLOCK = Seam("model.gpt_oss_block", "vllm.model_executor.models.gpt_oss:
 QWEN3_MOE_BLOCK = Seam("model.qwen3_moe_block", "vllm.model_executor.models.qwen3_moe:Qwen3MoeSparseMoeBlock")
 WORKER = (LOAD_MODEL, RELOAD_WEIGHTS, PROCESS_WEIGHTS, SELECT_EXPERTS, MOE_RUNNER, GPT_OSS_BLOCK, QWEN3_MOE_BLOCK)
 """Checked in every worker process before the model is loaded."""
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+ENGINE_CORE = Seam("core.engine_core", "vllm.v1.engine.core:EngineCore")
+PREPROCESS = Seam("core.preprocess_add_request", "vllm.v1.engine.core:EngineCore.preprocess_add_request", ("request",))
+COLLECTIVE_RPC = Seam("core.collective_rpc", "vllm.v1.engine.core:EngineCore.collective_rpc", ("method", "args"))
+ADD_REQUEST = Seam("scheduler.add_request", f"{_SCHEDULER}.add_request", ("request",))
+SCHEDULE = Seam("scheduler.schedule", f"{_SCHEDULER}.schedule")
+PREEMPT = Seam("scheduler.preempt_request", f"{_SCHEDULER}._preempt_request", ("request",))
+FREE_REQUEST = Seam("scheduler.free_request", f"{_SCHEDULER}._free_request", ("request",))
+ASYNC_SCHEDULER = Seam("scheduler.async", "vllm.v1.core.sched.async_scheduler:AsyncScheduler")
+BLOCK_HASHES = Seam("request.update_block_hashes", "vllm.v1.request:Request.update_block_hashes")
+REQUEST = Seam("request.fields", "vllm.v1.request:Request", ("cache_salt", "block_hasher"))
+SCHEDULER_OUTPUT = Seam(
+    "scheduler.output", "vllm.v1.core.sched.output:SchedulerOutput",
+    ("scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens", "total_num_scheduled_tokens"),
+)  # fmt: skip
+RESUMED = Seam("scheduler.resumed", "vllm.v1.core.sched.output:CachedRequestData", ("resumed_req_ids",))
+SCHEDULER = (
+    ENGINE_CORE, PREPROCESS, COLLECTIVE_RPC, ADD_REQUEST, SCHEDULE, PREEMPT, FREE_REQUEST, ASYNC_SCHEDULER, BLOCK_HASHES, REQUEST,
+    SCHEDULER_OUTPUT, RESUMED,
+)  # fmt: skip
+"""Checked in the engine core before it schedules anything."""
+
+CALL_UTILITY = Seam("client.call_utility", "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async", ("method", "args"))
+PROCESS_OUTPUTS = Seam(
+    "client.process_outputs", "vllm.v1.engine.output_processor:OutputProcessor.process_outputs", ("engine_core_outputs",)
+)
+CORE_OUTPUT = Seam("client.core_output", "vllm.v1.engine:EngineCoreOutput", ("request_id", "kv_transfer_params"))
+PAUSE = Seam("client.pause_generation", "vllm.v1.engine.async_llm:AsyncLLM.pause_generation", ("mode", "clear_cache"))
+RESUME = Seam("client.resume_generation", "vllm.v1.engine.async_llm:AsyncLLM.resume_generation")
+IS_PAUSED = Seam("client.is_paused", "vllm.v1.engine.async_llm:AsyncLLM.is_paused")
+CONTROL_API = (CALL_UTILITY, PROCESS_OUTPUTS, CORE_OUTPUT, PAUSE, RESUME, IS_PAUSED)
+"""Checked by the control API before the server answers anything."""
 
 REFUSED_CALLS = (
     "sleep", "wake_up", "discard", "checkpoint_prepare", "checkpoint_restore", "reset_weights", "init_weight_transfer_engine",

@@ -71,7 +71,7 @@ class ExpertMaskWorker:
         state, mask = model.routers, model.routers.mask
         incoming = fingerprint_of_checkpoint(path)
         if mask is not None and incoming != model.fingerprint:
-            mask.check_fingerprint(incoming, str(self._launch.expert_mask))
+            mask.check_fingerprint(incoming, self._launch.mask_source)
             if mask.model.fingerprint is None:
                 raise RefusedError(f"reload_weights: {path} has other routers than those loaded, and the mask names no fingerprint")
         state.apply(None)
@@ -90,6 +90,27 @@ class ExpertMaskWorker:
     def softprune_status(self) -> dict[str, Any]:
         """What this process serves; JSON-ready."""
         return self._model().status()
+
+    def softprune_stage(self, text: str | None) -> dict[str, Any] | None:
+        """First half of a live switch: None, or why this process cannot put the mask in force."""
+        return self._model().stage(text)
+
+    def softprune_commit(self) -> dict[str, Any]:
+        """Second half: steps launched from now on run under the new mask."""
+        return self._model().commit()
+
+    def softprune_drop(self) -> None:
+        """Instead of the second half."""
+        self._model().drop()
+
+    def softprune_mask_text(self) -> str | None:
+        """The mask in force, as a mask file."""
+        return self._model().mask_text()
+
+    def softprune_verified(self) -> dict[str, Any] | None:
+        """Run every router once: None, or how one does not obey."""
+        with _engine_context(self.vllm_config):
+            return self._model().verified()
 
     def softprune_routes(self, reset: bool = False, trace: bool = False) -> dict[str, Any]:
         """Counts of the route probe."""

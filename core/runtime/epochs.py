@@ -77,11 +77,13 @@ class Epochs:
 
     Attributes:
         masks: hash of the mask of each epoch, or None for none; the last is in force.
+        tokens: tokens in the steps of each epoch, in prompts and answers.
         finished: requests that are done.
     """
 
     def __init__(self, mask_hash: str | None) -> None:
         self.masks: list[str | None] = [mask_hash]
+        self.tokens = [0]
         self.finished = RequestIndex()
         self._running: dict[str, list[int]] = {}
         self._behind: set[str] = set()
@@ -99,16 +101,19 @@ class Epochs:
     def switch(self, mask_hash: str | None) -> int:
         """Begin the next epoch: every step launched from now on runs under this mask."""
         self.masks.append(mask_hash)
+        self.tokens.append(0)
         self._behind = set(self._running)
         return self.current
 
-    def stamp(self, request_ids: Iterable[str], all_seen: bool = False) -> None:
+    def stamp(self, request_ids: Iterable[str], tokens: int, all_seen: bool = False) -> None:
         """A step with these requests is launched.
 
         Args:
             request_ids: those in the step.
+            tokens: in the step.
             all_seen: each of them was in an earlier step, as in pure decoding; saves the loop where no switch is pending.
         """
+        self.tokens[-1] += tokens
         if all_seen and not self._behind:
             return
         current = self.current

@@ -113,6 +113,8 @@ class MaskedModel:
     def commit(self) -> dict[str, Any]:
         """Second half: put it in force, on the stream that runs the model. Returns the new `status`."""
         self.routers.commit()
+        if self.probe is not None:
+            self.probe.begin_epoch()
         mask = self.routers.mask
         self._log.info("softprune: live switch to %s", "all experts" if mask is None else f"{mask.summary}, mask {mask.hash[:19]}…")
         return self.status()
@@ -138,6 +140,8 @@ class MaskedModel:
         mask = self.routers.mask
         return {
             "mask": None if mask is None else {"hash": mask.hash, "num_kept": mask.num_kept},
+            "architecture": self.spec.architecture,
+            "model_top_k": self.spec.top_k,
             "num_layers": self.spec.num_layers,
             "num_experts": self.spec.num_experts,
             "top_k": self.launch.top_k,

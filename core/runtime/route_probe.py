@@ -25,6 +25,13 @@ class RouteProbe:
         self.tokens = torch.zeros(num_layers, dtype=torch.int64, device=device)
         self.traced: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
         self._room = [TRACED_TOKENS] * num_layers
+        self.epoch = 0
+        self._ended: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def begin_epoch(self) -> None:
+        """What is recorded from now on was selected under another mask."""
+        self._ended[self.epoch] = self.counts.clone(), self.tokens.clone()
+        self.epoch += 1
 
     def record_ids(self, layer: int, ids: torch.Tensor) -> None:
         """Count selections that the engine made.
@@ -55,8 +62,17 @@ class RouteProbe:
         self.record_ids(layer, order[:, :top_k])
 
     def snapshot(self, trace: bool = False) -> dict[str, Any]:
-        """{"tokens": [per layer], "counts": [[per expert] per layer]}, and with `trace` "ids": [[[id, …] per row] per layer]."""
-        counted = {"tokens": self.tokens.tolist(), "counts": self.counts.tolist()}
+        """What was selected since the last reset; JSON-ready.
+
+        Returns:
+            {"tokens": [per layer], "counts": [[per expert] per layer], "epochs": {epoch: the same two of that mask epoch}}, and with
+            `trace` "ids": [[[id, …] per row] per layer].
+        """
+        epochs, before = {}, (torch.zeros_like(self.counts), torch.zeros_like(self.tokens))
+        for epoch, (counts, tokens) in {**self._ended, self.epoch: (self.counts, self.tokens)}.items():
+            epochs[str(epoch)] = {"tokens": (tokens - before[1]).tolist(), "counts": (counts - before[0]).tolist()}
+            before = counts, tokens
+        counted = {"tokens": self.tokens.tolist(), "counts": self.counts.tolist(), "epochs": epochs}
         if not trace:
             return counted
         return {**counted, "ids": [torch.cat(rows).tolist() if rows else [] for rows in self.traced]}
@@ -67,3 +83,4 @@ class RouteProbe:
         self.tokens.zero_()
         self.traced = [[] for _ in self.traced]
         self._room = [TRACED_TOKENS] * len(self._room)
+        self._ended = {}

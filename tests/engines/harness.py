@@ -7,6 +7,9 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,42 @@ class VllmServer(Server):
         status, answer = self.request("POST", "/v1/completions", body)
         assert status == 200, answer
         return answer
+
+    def get_text(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
+            return str(response.read().decode())
+
+    def metric(self, name: str) -> float:
+        """A metric's value, summed over its labels."""
+        lines = [line for line in self.get_text("/metrics").splitlines() if line.startswith((name + "{", name + " "))]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    def stream(self, prompt: list[int], max_tokens: int, on_chunk: Callable[[int], None] = lambda count: None, **options: Any) -> Stream:
+        """Stream one answer; `on_chunk` is told how many tokens have come."""
+        body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        data = json.dumps({**body, "return_token_ids": True, **options}).encode()
+        call = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/completions", data, {"content-type": "application/json"})
+        tokens: list[int] = []
+        last: dict[str, Any] = {}
+        done = False
+        with urllib.request.urlopen(call, timeout=300) as response:
+            for line in response:
+                if line.startswith(b"data: {"):
+                    last = json.loads(line[len(b"data: ") :])
+                    tokens += last["choices"][0]["token_ids"]
+                    on_chunk(len(tokens))
+                done = done or line.startswith(b"data: [DONE]")
+        assert done, f"the stream broke off: {last}"
+        return Stream(last["id"], tokens, last.get("softprune", {}).get("epochs", []))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One streamed answer, whole."""
+
+    id: str
+    tokens: list[int]
+    epochs: list[int]
 
 
 def run_offline(jobs: list[dict[str, Any]], folder: Path, env: dict[str, str] | None = None, timeout: float = 500) -> dict[str, Any]:

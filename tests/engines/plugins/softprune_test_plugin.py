@@ -8,6 +8,9 @@ SOFTPRUNE_TEST_RAISE=1             softprune's register() raises
 SOFTPRUNE_TEST_SKIP_LAYER=n        softprune's mask is not written to MoE layer n (a mutation that tests must notice)
 SOFTPRUNE_TEST_PROVEN=A,B          treat these MoE backends as proven, to find out whether they are
 SOFTPRUNE_TEST_LIE=1               workers say that they serve another mask
+SOFTPRUNE_TEST_ONE_CACHE=file      while it exists, KV is cached without the mask in its name, and requests that cross a switch cache on
+SOFTPRUNE_TEST_PAUSE=seconds       between two steps, so that a test can act in the middle of an answer on a machine with few cores
+SOFTPRUNE_TEST_RANK_1=file         tensor parallel rank 1 refuses a live mask while this file says "refuse", and dies while it says "die"
 SOFTPRUNE_TEST_VANISH=file         delete this file once the front end has read it
 """
 
@@ -40,6 +43,12 @@ def register():
         _skip_layer(int(ENV["SOFTPRUNE_TEST_SKIP_LAYER"]))
     if ENV.get("SOFTPRUNE_TEST_LIE"):
         _lie()
+    if ENV.get("SOFTPRUNE_TEST_ONE_CACHE"):
+        _one_cache(ENV["SOFTPRUNE_TEST_ONE_CACHE"])
+    if ENV.get("SOFTPRUNE_TEST_PAUSE"):
+        _pause(float(ENV["SOFTPRUNE_TEST_PAUSE"]))
+    if ENV.get("SOFTPRUNE_TEST_RANK_1"):
+        _rank_1(ENV["SOFTPRUNE_TEST_RANK_1"])
     if ENV.get("SOFTPRUNE_TEST_PROVEN"):
         _proven(ENV["SOFTPRUNE_TEST_PROVEN"].split(","))
     if ROLE == "child" and os.path.exists(ENV.get("SOFTPRUNE_TEST_VANISH", "")):
@@ -62,6 +71,47 @@ def _lie():
 
     status = ExpertMaskWorker.softprune_status
     ExpertMaskWorker.softprune_status = lambda self: {**status(self), "mask": None}
+
+
+def _one_cache(path):
+    from softprune.vllm_ext import scheduler
+
+    named, seal = scheduler.cache_namespace, scheduler.ExpertMaskScheduling._seal_cache
+    scheduler.cache_namespace = lambda mask_hash, own: own if os.path.exists(path) else named(mask_hash, own)
+    scheduler.ExpertMaskScheduling._seal_cache = lambda self, request: None if os.path.exists(path) else seal(self, request)
+
+
+def _pause(seconds):
+    import time
+
+    from softprune.vllm_ext.scheduler import ExpertMaskScheduling
+
+    schedule = ExpertMaskScheduling.schedule
+
+    def paused(self, *args, **kwargs):
+        time.sleep(seconds)
+        return schedule(self, *args, **kwargs)
+
+    ExpertMaskScheduling.schedule = paused
+
+
+def _rank_1(path):
+    import torch.distributed as dist
+
+    from softprune.runtime.masked_model import MaskedModel
+
+    stage = MaskedModel.stage
+
+    def staged(self, text):
+        with open(path) as file:
+            order = file.read().strip()
+        if order and dist.get_rank() == 1:
+            if order == "die":
+                os._exit(1)
+            return {"status": 409, "kind": "refused", "message": "planted: no", "detail": None}
+        return stage(self, text)
+
+    MaskedModel.stage = staged
 
 
 def _owner(module, path):
