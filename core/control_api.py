@@ -46,10 +46,10 @@ class ControlApi(ABC):
 
     log: logging.Logger = logger
 
-    def __init__(self, app: Any, key: str | None = None) -> None:
+    def __init__(self, app: Any, key: str | None = None, finished: RequestIndex | None = None) -> None:
         self.app = app
         self.key = key
-        self.finished = RequestIndex()
+        self.finished = RequestIndex() if finished is None else finished
         self._switching = asyncio.Lock()
         self._switches: set[asyncio.Task[dict[str, Any]]] = set()
 
@@ -157,7 +157,7 @@ class ControlApi(ABC):
         async with self._switching:
             launch, done = await self.launch(scope), None
             try:
-                with kept_after(launch.expert_mask_state, mask):
+                with kept_after(launch.expert_mask_state, mask, launch.top_k):
                     done = await self.switch(scope, None if mask is None else mask.dump(), in_flight)
             except BaseException as error:
                 if done is None:

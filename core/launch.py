@@ -20,7 +20,7 @@ from softprune.checkpoint.families import SPEC_FIELDS, ModelSpec, spec_of
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.errors import MaskError, RefusedError
 from softprune.mask import ExpertMask
-from softprune.mask_state import read_state
+from softprune.mask_state import MaskState, read_state
 
 TOP_K_FIELDS = ("num_experts_per_tok", "experts_per_token")
 """Names of top_k in config.json; gpt-oss has both."""
@@ -77,7 +77,7 @@ class LaunchRequest(BaseModel):
             folder = Path(self.expert_mask_state).absolute().parent
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise RefusedError(f"--expert-mask-state: found {self.expert_mask_state}; expected a file in a folder that can be written")
-        mask = self._mask()
+        mask, kept_top_k = self._start()
         if mask is not None:
             mask.check_model(spec, self.mask_source)
             if Path(model).is_dir():
@@ -87,7 +87,7 @@ class LaunchRequest(BaseModel):
             expert_mask=_absolute(self.expert_mask),
             expert_mask_state=_absolute(self.expert_mask_state),
             mask_hash=mask.hash if mask else None,
-            top_k=self._top_k(mask, spec),
+            top_k=self._top_k(mask, kept_top_k, spec),
             model_top_k=spec.top_k,
         )
 
@@ -98,26 +98,26 @@ class LaunchRequest(BaseModel):
             return self.expert_mask_state
         return "no mask" if self.expert_mask is None else self.expert_mask
 
-    def _mask(self) -> ExpertMask | None:
-        """The mask to start with."""
+    def _start(self) -> MaskState:
+        """The mask to start with, and the top_k that was in force with it if a state file says so."""
         source = self.mask_source
         if source == self.expert_mask_state:
             return read_state(source)
-        return None if self.expert_mask is None else mask_file.load(self.expert_mask)
+        return MaskState(None if self.expert_mask is None else mask_file.load(self.expert_mask), None)
 
-    def _top_k(self, mask: ExpertMask | None, spec: ModelSpec) -> int:
+    def _top_k(self, mask: ExpertMask | None, kept: int | None, spec: ModelSpec) -> int:
         flag, asked = self.expert_top_k, mask.top_k if mask else None
         if isinstance(asked, list):
             if len(set(asked)) > 1:
-                raise MaskError(
-                    self.mask_source, "top_k", "a different number for each layer", "one number: this engine has one top_k"
-                )
+                raise MaskError(self.mask_source, "top_k", "a different number for each layer", "one number: this engine has one top_k")
             asked = asked[0]
         if flag is not None and not 1 <= flag <= spec.top_k:
             raise RefusedError(f"--expert-top-k: found {flag}; expected from 1 to the model's own top_k = {spec.top_k}")
         if flag is not None and asked is not None and flag != asked:
             raise RefusedError(f"--expert-top-k: found {flag}; expected {asked}, as the mask {self.mask_source} says, or no flag")
-        return flag or asked or spec.top_k
+        if kept is not None and kept > spec.top_k:
+            raise MaskError(self.mask_source, "top_k", str(kept), f"at most the model's own top_k = {spec.top_k}")
+        return flag or asked or kept or spec.top_k
 
 
 class Launch(LaunchRequest):
@@ -171,7 +171,7 @@ class Launch(LaunchRequest):
         Raises:
             MaskError: the file is gone, broken, for another model, or not the one that was checked.
         """
-        mask, source = self._mask(), self.mask_source
+        (mask, _), source = self._start(), self.mask_source
         if (mask.hash if mask else None) != self.mask_hash:
             found = mask.hash if mask else "no mask"
             raise MaskError(source, "", f"another mask ({found[:19]}…) than at the start", f"{str(self.mask_hash)[:19]}…, unchanged")

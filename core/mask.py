@@ -80,9 +80,9 @@ class ExpertMask(BaseModel):
         if not isinstance(data, dict):
             raise MaskError(source, "", f"a JSON {_json_type(data)}", f'an object with "format": "{FORMAT}"')
         if data.get("format") != FORMAT:
-            raise MaskError(source, "format", repr(data.get("format")), f'"{FORMAT}"; other forms go through `softprune mask convert`')
+            raise MaskError(source, "format", shortened(data.get("format")), f'"{FORMAT}"; other forms go through `softprune mask convert`')
         if data.get("version") != VERSION or isinstance(data.get("version"), bool):
-            raise MaskError(source, "version", repr(data.get("version")), str(VERSION))
+            raise MaskError(source, "version", shortened(data.get("version")), str(VERSION))
         try:
             mask = cls.model_validate(data)
         except ValidationError as error:

@@ -15,6 +15,7 @@ from typing import Any
 from softprune import control_api
 from softprune.control import PREFIX, ControlError, raise_answer, server_key
 from softprune.launch import Launch
+from softprune.runtime.epochs import RequestIndex
 from softprune.vllm_ext import seams
 from softprune.vllm_ext.flags import EPOCHS_KEY, launch_of
 
@@ -25,6 +26,9 @@ class ControlApi(control_api.ControlApi):
     """The control API, asking vLLM's workers by collective RPC and its engine core by a call of its own."""
 
     log = logger
+
+    def __init__(self, app: Any) -> None:
+        super().__init__(app, None, RequestIndex(names=seams.call_ids))
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":

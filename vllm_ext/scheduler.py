@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from softprune.control import BODY, ControlError, refusal_among
-from softprune.mask import ExpertMask
+from softprune.control import refusal_among
 from softprune.runtime.epochs import Epochs, cache_namespace
 from softprune.vllm_ext import seams
 from softprune.vllm_ext.flags import EPOCHS_KEY, launch_of
@@ -42,7 +40,7 @@ class ExpertMaskScheduling:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         seams.check(seams.SCHEDULER)
         super().__init__(*args, **kwargs)
-        self.epochs = Epochs(launch_of(self.vllm_config).mask_hash)
+        self.epochs = Epochs(launch_of(self.vllm_config).mask_hash, seams.call_ids)
         _install_in_engine_core()
 
     def add_request(self, request: Any) -> None:
@@ -153,13 +151,9 @@ def call(core: Any, what: str, arguments: dict[str, Any]) -> Any:
 
 def _switch(core: Any, text: str | None) -> dict[str, Any]:
     """Vote, then commit: {"epoch", "ranks"}, or {"refused": `ControlError.answer`} with the old mask in force everywhere."""
-    try:
-        mask_hash = None if text is None else ExpertMask.parse(json.loads(text), BODY).hash
-    except Exception as error:  # noqa: BLE001 - the engine core has to live on
-        return {"refused": ControlError.of(error).answer}
     refused = refusal_among(core.collective_rpc("softprune_stage", args=(text,)))
     if refused:
         core.collective_rpc("softprune_drop")
         return {"refused": refused}
     ranks = core.collective_rpc("softprune_commit")
-    return {"epoch": core.scheduler.begin_epoch(mask_hash), "ranks": ranks}
+    return {"epoch": core.scheduler.begin_epoch((ranks[0]["mask"] or {}).get("hash")), "ranks": ranks}

@@ -5,6 +5,7 @@ No other file of this extension names vLLM's internals.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 from softprune import seams
@@ -62,7 +63,7 @@ SCHEDULER = (
 )  # fmt: skip
 """Checked in the engine core before it schedules anything."""
 
-CALL_UTILITY = Seam("client.call_utility", "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async", ("method", "args"))
+CALL_UTILITY = Seam("client.call_utility", "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async", ("method",))
 PROCESS_OUTPUTS = Seam(
     "client.process_outputs", "vllm.v1.engine.output_processor:OutputProcessor.process_outputs", ("engine_core_outputs",)
 )
@@ -107,3 +108,14 @@ def platform() -> str:
     from vllm.platforms import current_platform
 
     return "rocm" if current_platform.is_rocm() else str(current_platform.device_type)
+
+
+def call_ids(request_id: str) -> set[str]:
+    """The ids that a client may know one of vLLM's requests by.
+
+    Of a call "cmpl-x", vLLM makes "cmpl-x-0", "cmpl-x-1" for its prompts, "0_cmpl-x" for further answers, and adds "-" and eight
+    random digits to each.
+    """
+    bare = re.sub(r"^\d+_", "", request_id)
+    call = re.sub(r"-[0-9a-f]{8}$", "", bare)
+    return {request_id, bare, call, re.sub(r"-\d+$", "", call)}

@@ -7,7 +7,7 @@ a step with it is launched, not when the step's result is answered.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 REMEMBERED = 10_000
@@ -27,22 +27,30 @@ def cache_namespace(mask_hash: str | None, own: str | None) -> str | None:
     return f"softprune:{mask_hash or 'unpruned'}:{own or ''}" if mask_hash or own else None
 
 
+Names = Callable[[str], set[str]]
+"""The ids, its own among them, that a client may know an engine's request by."""
+
+
+def own_name(request_id: str) -> set[str]:
+    """An engine that keeps the client's ids."""
+    return {request_id}
+
+
 class RequestIndex:
     """Epochs of the last requests, found by the ids that a client may know them by.
 
-    An engine makes several requests of one call ("cmpl-1-0", "cmpl-1-1", "0_cmpl-1") and may add a random end;
-    the call's own id finds them all.
+    An engine may make several requests of one call; the call's own id finds them all.
     """
 
-    def __init__(self, room: int = REMEMBERED) -> None:
-        self._room = room
+    def __init__(self, room: int = REMEMBERED, names: Names = own_name) -> None:
+        self._room, self._names = room, names
         self._epochs: OrderedDict[str, list[int]] = OrderedDict()
         self._named: dict[str, set[str]] = {}
 
     def add(self, request_id: str, epochs: list[int]) -> None:
         """Remember one request; the oldest is forgotten once there are too many."""
         if request_id not in self._epochs:
-            for name in _names(request_id):
+            for name in self._names(request_id):
                 self._named.setdefault(name, set()).add(request_id)
         self._epochs[request_id] = epochs
         self._epochs.move_to_end(request_id)
@@ -60,16 +68,10 @@ class RequestIndex:
 
     def _forget(self, request_id: str) -> None:
         del self._epochs[request_id]
-        for name in _names(request_id):
+        for name in self._names(request_id):
             self._named[name].discard(request_id)
             if not self._named[name]:
                 del self._named[name]
-
-
-def _names(request_id: str) -> set[str]:
-    index, _, rest = request_id.partition("_")
-    bare = rest if index.isdigit() and rest else request_id
-    return {request_id, bare, bare.rsplit("-", 1)[0], bare.rsplit("-", 2)[0]}
 
 
 class Epochs:
@@ -81,10 +83,11 @@ class Epochs:
         finished: requests that are done.
     """
 
-    def __init__(self, mask_hash: str | None) -> None:
+    def __init__(self, mask_hash: str | None, names: Names = own_name) -> None:
         self.masks: list[str | None] = [mask_hash]
         self.tokens = [0]
-        self.finished = RequestIndex()
+        self.finished = RequestIndex(names=names)
+        self._names = names
         self._running: dict[str, list[int]] = {}
         self._behind: set[str] = set()
 
@@ -139,7 +142,7 @@ class Epochs:
         Returns:
             {"id", "epochs" of all its parts, "masks": {epoch: hash or None}, "parts": {engine's id: epochs}, "finished"}.
         """
-        running = {request_id: epochs for request_id, epochs in self._running.items() if name in _names(request_id)}
+        running = {request_id: epochs for request_id, epochs in self._running.items() if name in self._names(request_id)}
         parts = {**self.finished.find(name), **running}
         if not parts:
             return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +53,7 @@ class Engine(ABC):
 
     Attributes:
         name: as `prove.py` takes it.
+        cached_args: further arguments under which answers say how much of their prompt was cached.
         commands: those that start a server.
         trial: MoE backends to be treated as proven, to find out whether they are.
         backend_flag: chooses one.
@@ -60,6 +63,7 @@ class Engine(ABC):
 
     name: str
     streams = False
+    cached_args: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...]
     trial: str
     backend_flag: str
@@ -95,6 +99,14 @@ class Engine(ABC):
     @abstractmethod
     def ask(self, server: Server, prompts: Sequence[list[int]], max_tokens: int) -> list[Answer]:
         """Send prompts as one request; greedy, forced length."""
+
+    @abstractmethod
+    def generate(self, server: Server, prompt: list[int], max_tokens: int, stream: bool = False) -> dict[str, Any]:
+        """One answer of forced length: {"tokens", "epochs"}."""
+
+    @abstractmethod
+    def first_token(self, server: Server, prompt: list[int], salt: str | None = None) -> tuple[dict[int, float], int]:
+        """Top-20 log-probabilities of the first token generated, by id, and how much of the prompt (under a salt) was cached."""
 
     def examine(self, row: Row, server: Server, prompts: Sequence[list[int]], batch: int, max_tokens: int) -> dict[str, Any]:
         """What a server answers to prompts in batches of this size, and what its routers selected meanwhile."""
@@ -144,6 +156,29 @@ class Sglang(Engine):
         assert status == 200, answers
         return [(one["output_ids"], _firsts(one["meta_info"])) for one in answers]
 
+    def generate(self, server: Server, prompt: list[int], max_tokens: int, stream: bool = False) -> dict[str, Any]:
+        sampling = {"max_new_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        answer = _last(server, "/generate", {"input_ids": prompt, "sampling_params": sampling, "stream": stream})[-1]
+        return {"tokens": answer["output_ids"], "epochs": answer["meta_info"].get("softprune", {}).get("epochs", [])}
+
+    def first_token(self, server: Server, prompt: list[int], salt: str | None = None) -> tuple[dict[int, float], int]:
+        sampling = {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 20, "extra_key": salt}
+        meta = _last(server, "/generate", body)[-1]["meta_info"]
+        return {token: score for score, token, *_ in meta["output_top_logprobs"][0]}, meta["cached_tokens"]
+
+
+def _last(server: Server, path: str, body: dict[str, Any]) -> list[Any]:
+    """A call's answer; of a stream, every chunk's."""
+    data = json.dumps(body).encode()
+    call = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", data, {"content-type": "application/json"})
+    with urllib.request.urlopen(call, timeout=300) as response:
+        if not body.get("stream"):
+            return [json.loads(response.read())]
+        lines = [line for line in response if line.startswith(b"data: ")]
+    assert lines[-1].startswith(b"data: [DONE]"), "the stream broke off"
+    return [json.loads(line[len(b"data: ") :]) for line in lines[:-1]]
+
 
 def _firsts(meta: dict[str, Any]) -> list[float]:
     return [entry[0] for entry in [*meta["input_token_logprobs"][1:], *meta["output_token_logprobs"]]]
@@ -152,6 +187,7 @@ def _firsts(meta: dict[str, Any]) -> list[float]:
 class Vllm(Engine):
     name = "vllm"
     streams = True
+    cached_args = ("--enable-prompt-tokens-details",)
     backend_flag = "--moe-backend"
     trial = "mxfp4/TRITON,mxfp4/MARLIN,mxfp4/TRITON_UNFUSED,mxfp4/FLASHINFER_CUTLASS_MXFP4_BF16,unquantized/TRITON"
 
@@ -179,6 +215,19 @@ class Vllm(Engine):
         status, answer = server.request("POST", "/v1/completions", body)
         assert status == 200, answer
         return [_choice(choice, prompt) for choice, prompt in zip(answer["choices"], prompts, strict=True)]
+
+    def generate(self, server: Server, prompt: list[int], max_tokens: int, stream: bool = False) -> dict[str, Any]:
+        body = {"model": "model", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        chunks = _last(server, "/v1/completions", {**body, "return_token_ids": True, "stream": stream})
+        tokens = [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
+        return {"tokens": tokens, "epochs": chunks[-1].get("softprune", {}).get("epochs", [])}
+
+    def first_token(self, server: Server, prompt: list[int], salt: str | None = None) -> tuple[dict[int, float], int]:
+        body = {"model": "model", "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 20, "return_tokens_as_token_ids": True}
+        (answer,) = _last(server, "/v1/completions", {**body, **({"cache_salt": salt} if salt else {})})
+        scores = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return {int(token.removeprefix("token_id:")): score for token, score in scores.items()}, cached
 
 
 def _choice(choice: dict[str, Any], prompt: list[int]) -> Answer:
