@@ -29,10 +29,14 @@ CONFIG_KEY = "softprune"
 """Key under which the request travels in `json_model_override_args`, and so in the model's config."""
 OVERRIDES = "json_model_override_args"
 
+_served: list[dict[str, Any]] = []
+"""In the front end: what the scheduler processes served when they were ready, by rank; empty where softprune was asked for nothing."""
+
 
 def engine_args(
     model_path: str, expert_mask: str | None = None, expert_top_k: int | None = None, expert_mask_force: bool = False,
     debug_routes: bool = False, json_model_override_args: str = "{}", revision: str | None = None,
+    expert_mask_state: str | None = None, control: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments for `sglang.Engine`: `Engine(**engine_args("openai/gpt-oss-20b", expert_mask="keep24.json"), tp_size=2)`.
 
@@ -46,6 +50,7 @@ def engine_args(
     check_applied()
     given = {
         "expert_mask": expert_mask, "expert_top_k": expert_top_k, "expert_mask_force": expert_mask_force, "debug_routes": debug_routes,
+        "expert_mask_state": expert_mask_state, "control": control,
     }  # fmt: skip
     overrides = _with_request(json_model_override_args, asked(given), model_path, revision)
     chosen = {"model_path": model_path, OVERRIDES: overrides}
@@ -60,6 +65,11 @@ def launch_in(overrides: str) -> Launch | None:
     """
     request = json.loads(overrides or "{}").get(CONFIG_KEY)
     return None if request is None else Launch.parse(request, f"{OVERRIDES}.{CONFIG_KEY}")
+
+
+def served_at_start() -> dict[str, Any] | None:
+    """In the front end: what the first scheduler process served when it was ready; None if softprune was asked for nothing."""
+    return _served[0] if _served else None
 
 
 def add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
@@ -136,8 +146,10 @@ def launch_schedulers(original: Callable[..., Any], cls: Any, server_args: Any, 
         try:
             if len(infos) != len(processes):
                 raise RefusedError(f"{len(infos)} of {len(processes)} scheduler processes said what they serve")
-            for rank, info in enumerate(infos):
-                check_served(launch, rank, info.pop(CONFIG_KEY, None))  # not for GET /server_info, which asks for no key
+            statuses = [info.pop(CONFIG_KEY, None) for info in infos]  # not for GET /server_info, which asks for no key
+            for rank, status in enumerate(statuses):
+                check_served(launch, rank, status)
+            _served[:] = statuses
         except RefusedError:
             for process in processes:
                 process.kill()

@@ -60,7 +60,7 @@ def _wraps(function: Any, hook: Callable[..., Any]) -> bool:
 
 @functools.cache
 def _hooks() -> dict[str, list[tuple[seams.Seam, Callable[..., Any]]]]:
-    from softprune.sglang_ext import flags, routes, worker
+    from softprune.sglang_ext import flags, routes, scheduler, worker
 
     refused = [(seam, worker.refused_update(name)) for name, seam in seams.WEIGHT_UPDATES.items()]
     if seams.exists(seams.BEGIN_WEIGHT_UPDATE):
@@ -71,14 +71,24 @@ def _hooks() -> dict[str, list[tuple[seams.Seam, Callable[..., Any]]]]:
             (seams.ADD_CLI_ARGS, flags.add_flags),
             (seams.PREPARE_ARGS, flags.hide_key),
             (seams.INIT_INFO, worker.tell_front_end),
+            (seams.PROCESS_INPUT, scheduler.end_drain),
+            (seams.ACCEPT_OUTPUT, scheduler.name_epochs),
         ],
-        "BEFORE": [(seams.RUN_HTTP_SERVER, routes.add_control_api)],
+        "BEFORE": [
+            (seams.RUN_HTTP_SERVER, routes.add_control_api),
+            (seams.BATCH_OUTPUT, routes.take_epochs),
+            (seams.RUN_BATCH, scheduler.stamp),
+            (seams.ADD_REQUEST, scheduler.enter_queue),
+            (seams.SEND_OUTPUT, scheduler.give_up),
+        ],
         "AROUND": [
             (seams.FROM_CLI_ARGS, flags.read_flags),
             (seams.LAUNCH_SUBPROCESSES, flags.launch_subprocesses),
             (seams.LAUNCH_SCHEDULERS, flags.launch_schedulers),
             (seams.LOAD_MODEL, worker.load_model),
             (seams.HANDLE_DUMPER_CONTROL, worker.answer),
+            (seams.STASH_CHUNKED, scheduler.stash_chunked),
+            (seams.NEW_PREFILL, scheduler.new_prefill),
             *refused,
             *raising,
         ],

@@ -66,6 +66,9 @@ UNPROVEN_MODES = (
     Mode("--enable-single-batch-overlap", "enable_single_batch_overlap", falsy),
     Mode("--enable-pdmux", "enable_pdmux", falsy),
     Mode("--dllm-algorithm", "dllm_algorithm", falsy),
+    Mode("--enable-streaming-session", "enable_streaming_session", falsy),  # keeps KV from one request to the next past the prefix cache
+    Mode("--radix-cache-backend", "radix_cache_backend", falsy),  # may have no namespaces
+    Mode("--is-embedding", "is_embedding", falsy),
 )
 MODES_OF_SOME_VERSIONS = (
     Mode("--torchao-config", "torchao_config", falsy),
@@ -120,7 +123,9 @@ def check_front_end(args: Any) -> None:
 
 
 def _check_environment() -> None:
-    for variable in ("SGLANG_RUST_SERVER", "SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS"):
+    # The C++ radix tree has no namespaces: it would find one mask's KV under another.
+    simulated = ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS")
+    for variable in ("SGLANG_RUST_SERVER", "SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", *simulated):
         if seams.switched_on(variable):
             raise refusal(variable)
 

@@ -5,6 +5,7 @@ No other file of this extension names SGLang's internals.
 
 from __future__ import annotations
 
+import functools
 import os
 from functools import partial
 from typing import Any
@@ -41,9 +42,10 @@ RELEASE_MEMORY = Seam(
     "tokenizer.release_memory", "sglang.srt.managers.tokenizer_manager:TokenizerManager.release_memory_occupation", ("obj",)
 )
 RESUME_MEMORY = Seam("tokenizer.resume_memory", "sglang.srt.managers.tokenizer_manager:TokenizerManager.resume_memory_occupation", ("obj",))
+BATCH_OUTPUT = Seam("tokenizer.batch_output", "sglang.srt.managers.tokenizer_manager:TokenizerManager._handle_batch_output", ("recv_obj",))
 FRONT_END = (
     *PLUGINS, ADD_CLI_ARGS, FROM_CLI_ARGS, PREPARE_ARGS, LAUNCH_SUBPROCESSES, LAUNCH_SCHEDULERS, RUN_HTTP_SERVER,
-    DUMPER_CONTROL, DUMPER_REQUEST, RELEASE_MEMORY, RESUME_MEMORY,
+    DUMPER_CONTROL, DUMPER_REQUEST, RELEASE_MEMORY, RESUME_MEMORY, BATCH_OUTPUT,
 )  # fmt: skip
 """Checked before the flags are added, when processes are launched, and in every scheduler process."""
 
@@ -82,9 +84,36 @@ SAVE_REMOTE_MODEL = Seam("scheduler.save_remote_model", "sglang.srt.managers.sch
 SAVE_SHARDED_MODEL = Seam("scheduler.save_sharded_model", "sglang.srt.managers.scheduler:Scheduler.save_sharded_model")
 RAISING = (SAVE_REMOTE_MODEL, SAVE_SHARDED_MODEL, RELEASE_MEMORY, RESUME_MEMORY)
 """Calls whose callers report an exception: they would copy the mask into a checkpoint, or move the weights."""
+
+RUN_BATCH = Seam("scheduler.run_batch", f"{_SCHEDULER}.run_batch", ("batch",))
+ADD_REQUEST = Seam("scheduler.add_request", f"{_SCHEDULER}._add_request_to_queue", ("req",))
+"""Where every request enters the queue of those without KV: new ones, ones whose grammar is ready, preempted and retracted ones."""
+STASH_CHUNKED = Seam("scheduler.stash_chunked", f"{_SCHEDULER}.stash_chunked_request", ("req",))
+"""Called between two chunks of a prefill."""
+NEW_PREFILL = Seam("scheduler.new_prefill", f"{_SCHEDULER}.get_new_batch_prefill", ("running_batch",))
+PROCESS_INPUT = Seam("scheduler.process_input", f"{_SCHEDULER}.process_input_requests", ("recv_reqs",))
+PAUSE = Seam("scheduler.pause", f"{_SCHEDULER}.pause_generation", ("recv_req",))
+CONTINUE = Seam("scheduler.continue", f"{_SCHEDULER}.continue_generation", ("recv_req",))
+PAUSE_REQUEST = Seam("ipc.pause", "sglang.srt.managers.io_struct:PauseGenerationReqInput", ("mode",))
+CONTINUE_REQUEST = Seam("ipc.continue", "sglang.srt.managers.io_struct:ContinueGenerationReqInput", ("torch_empty_cache",))
+ACCEPT_OUTPUT = Seam(
+    "scheduler.accept_output",
+    "sglang.srt.managers.scheduler_components.output_streamer:_GenerationStreamAccumulator.accept",
+    ("req",),
+)
+"""Called for every request that has something to be sent, the last time once it is finished."""
+SEND_OUTPUT = Seam("scheduler.send_output", "sglang.srt.managers.scheduler_components.output_sender:SenderWrapper.send_output", ("output",))
+ABORT = Seam("ipc.abort", "sglang.srt.managers.io_struct:AbortReq", ("rid", "finished_reason"))
+"""What the front end is sent of a request that is given up without an output."""
+REQUEST = Seam("scheduler.request", "sglang.srt.managers.schedule_batch:Req")
+REQUEST_FIELDS = ("rid", "extra_key", "skip_radix_cache_insert", "retracted_stain")
+"""What `scheduler` reads of every request."""
+CACHE_UNFINISHED = Seam("cache.unfinished", "sglang.srt.mem_cache.common:maybe_cache_unfinished_req")
+"""Until 0.5.18 or so: what `STASH_CHUNKED` calls there forgets the KV of a request that may not be cached."""
 SCHEDULER = (
     LOAD_MODEL, INIT_INFO, HANDLE_DUMPER_CONTROL, DUMPER_ANSWER, EAGER, TOP_K, GPT_OSS_BLOCK, QWEN3_MOE_BLOCK,
-    *WEIGHT_UPDATES.values(), SAVE_REMOTE_MODEL, SAVE_SHARDED_MODEL,
+    *WEIGHT_UPDATES.values(), SAVE_REMOTE_MODEL, SAVE_SHARDED_MODEL, RUN_BATCH, ADD_REQUEST, STASH_CHUNKED, NEW_PREFILL, PROCESS_INPUT,
+    PAUSE, CONTINUE, PAUSE_REQUEST, CONTINUE_REQUEST, ACCEPT_OUTPUT, SEND_OUTPUT, ABORT, REQUEST,
 )  # fmt: skip
 """Checked in every scheduler process before the model is loaded."""
 
@@ -96,6 +125,7 @@ def is_known() -> bool:
     return sglang.__version__.split("+")[0] in KNOWN_VERSIONS
 
 
+@functools.cache
 def exists(seam: Seam) -> bool:
     """Whether this version has a seam that not all have."""
     try:

@@ -2,30 +2,36 @@
 
 A process that was asked for a mask masks its routers right after the weights are loaded, before any
 graph is captured, and tells the front end which mask it serves when it says that it is ready. What
-SGLang does to the weights afterwards is refused.
+SGLang does to the weights afterwards is refused. The control API's calls are answered between two steps.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from softprune.control import ControlError
 from softprune.errors import RefusedError
 from softprune.launch import Launch
 from softprune.proven import only, undoing
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
 from softprune.sglang_ext import proven, routers, seams
+from softprune.sglang_ext import scheduler as live_scheduler
 from softprune.sglang_ext.flags import CONFIG_KEY, OVERRIDES, launch_in
 from softprune.sglang_ext.hooks import check_applied
 
 logger = logging.getLogger("sglang.softprune")
 
 CARRIER = "softprune/"
-"""Prefix of the `method` of a dumper control request that is ours: SGLang's one message with free JSON both ways."""
+"""Prefix of the `method` of a dumper control request that is ours: SGLang's one message with free JSON both ways.
+
+The slash keeps it out of reach of SGLang's own route for such messages, /dumper/{method}, which asks for another key or for none.
+"""
 
 _masked: MaskedModel | None = None
 """This process's model; SGLang runs one in each scheduler process."""
@@ -73,6 +79,7 @@ def _mask(runner: Any, launch: Launch) -> None:
             layer.block.topk.register_forward_hook(_counting(probe, position, launch.top_k))
     logger.info("%s", model.summary)
     _masked = model
+    live_scheduler.begin(model)
 
 
 def tell_front_end(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
@@ -81,18 +88,41 @@ def tell_front_end(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
 
 
 def answer(original: Callable[..., Any], scheduler: Any, request: Any) -> None:
-    """Around `Scheduler.handle_dumper_control`: the control API's calls, between two steps."""
+    """Around `Scheduler.handle_dumper_control`: the control API's calls, between two steps, on every rank."""
     if not request.method.startswith(CARRIER):
         original(scheduler, request)
         return
-    answer_class = seams.DUMPER_ANSWER.resolve()
     try:
-        calls = {"status": _model().status, "routes": _model().routes}
-        mine = calls[request.method.removeprefix(CARRIER)](**request.body)
-        reply = answer_class(success=True, response=[{"ranks": _from_all_ranks(scheduler, mine)}])
-    except Exception as error:  # SGLang's own handler does the same: anything that is raised here ends the server
-        reply = answer_class(success=False, response=[], error=f"{type(error).__name__}: {error}")
+        found, refusal = _answer(scheduler, request.method.removeprefix(CARRIER), request.body), None
+    except Exception as error:  # anything that is raised here would end the server
+        found, refusal = None, ControlError.of(error)
+        if refusal.status == 500:
+            logger.exception("softprune: %s failed", request.method)
+    response = {"answer": found} if refusal is None else {"refused": refusal.answer}
+    reply = seams.DUMPER_ANSWER.resolve()(success=refusal is None, response=[response], error="" if refusal is None else str(refusal))
     seams.attribute(scheduler, "ipc_channels.send_to_tokenizer", seams.HANDLE_DUMPER_CONTROL.name).send_output(reply, request)
+
+
+def _answer(scheduler: Any, what: str, arguments: dict[str, Any]) -> Any:
+    """What a call of the control API is answered.
+
+    Raises:
+        ControlError: it is refused.
+    """
+    live = live_scheduler.live()
+    model, epochs = live.model, live.epochs
+    of_this_process: dict[str, Callable[..., Any]] = {
+        "switch": partial(live.switch, scheduler), "switched": live.outcome, "scheduler.status": live.status,
+        "scheduler.request": epochs.of, "scheduler.tokens": lambda: epochs.tokens,
+    }  # fmt: skip
+    if what in of_this_process:
+        return of_this_process[what](**arguments)
+    of_all = {"status": model.status, "mask_text": model.mask_text, "verified": model.verified, "routes": model.routes}
+    if what not in of_all:
+        raise ControlError(404, "not_found", f"no call {what!r}")
+    with live_scheduler.on_model_stream(scheduler):
+        mine = of_all[what](**arguments)
+    return live_scheduler.from_all_ranks(scheduler, mine)
 
 
 def refused_update(name: str) -> Callable[..., Any]:
@@ -121,22 +151,6 @@ def refused_call(name: str) -> Callable[..., Any]:
 
 def _front_end_is_masked(owner: Any) -> bool:
     return launch_in(getattr(getattr(owner, "server_args", None), OVERRIDES, "")) is not None
-
-
-def _model() -> MaskedModel:
-    if _masked is None:
-        raise RefusedError("this process was asked for no mask")
-    return _masked
-
-
-def _from_all_ranks(scheduler: Any, mine: Any) -> list[Any]:
-    """Every rank's answer, in rank order; every rank has been sent the request."""
-    import torch.distributed as dist
-
-    group = seams.attribute(scheduler, "tp_cpu_group", seams.HANDLE_DUMPER_CONTROL.name)
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
 
 
 def _counting(probe: RouteProbe, position: int, top_k: int) -> Callable[..., None]:

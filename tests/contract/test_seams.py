@@ -106,7 +106,13 @@ def test_sglang_settings_are_read_as_resolved() -> None:
             static.find(package, uses.RESOLVING_VIEW)
 
 
-@pytest.mark.parametrize("seam", [*sglang_seams.WEIGHT_UPDATES.values(), *uses.OPTIONAL_SEAMS], ids=lambda seam: seam.name)
+@pytest.mark.parametrize("name", sglang_seams.REQUEST_FIELDS)
+def test_sglang_request(name: str) -> None:
+    with reported("sglang", f"request's {name}") as package:
+        static.check_attribute(package, sglang_seams.REQUEST.target, name)
+
+
+@pytest.mark.parametrize("seam", [*sglang_seams.WEIGHT_UPDATES.values(), sglang_seams.BEGIN_WEIGHT_UPDATE], ids=lambda seam: seam.name)
 def test_sglang_weight_update_can_be_answered(seam: Seam) -> None:
     """`sglang_ext.seams.answer_to` finds the answer's class by the request's name."""
     with reported("sglang", f"answer to {seam.name}") as package:

@@ -42,7 +42,7 @@ def imports_of(package: str, extension: ModuleType) -> list[str]:
 
 SEAMS = {"vllm": seams_in(vllm_seams), "sglang": seams_in(sglang_seams)}
 
-OPTIONAL_SEAMS = (sglang_seams.BEGIN_WEIGHT_UPDATE,)
+OPTIONAL_SEAMS = (sglang_seams.BEGIN_WEIGHT_UPDATE, sglang_seams.CACHE_UNFINISHED)
 """Those that not every supported version has."""
 
 RESOLVING_VIEW = "sglang.srt.arg_groups.model_override_base:resolving_view"

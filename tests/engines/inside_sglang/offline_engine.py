@@ -27,7 +27,7 @@ def main(model, mask):
         status = DumperControlReqInput(method="softprune/status", body={})
         if name == "masked":
             (reply,) = engine.loop.run_until_complete(engine.tokenizer_manager.dumper_control(status))
-            found[name] = reply.response[0]["ranks"][0]
+            found[name] = reply.response[0]["answer"][0]
         engine.shutdown()
     try:
         engine_args(model, expert_mask="missing.json")

@@ -195,5 +195,8 @@ def test_backends_and_their_top_k() -> None:
 def test_engine_args_checks_before_anything_starts(models: dict[str, Path], keep24: str) -> None:
     made = engine_args(str(models["gpt-oss"]), expert_mask=keep24, expert_top_k=2)
     assert json.loads(made["json_model_override_args"])["num_experts_per_tok"] == 2
+    asked = engine_args(str(models["gpt-oss"]), control=True, expert_mask_state=str(Path(keep24).parent / "state.json"))
+    request = json.loads(asked["json_model_override_args"])["softprune"]
+    assert (request["control"], request["mask_hash"], Path(request["expert_mask_state"]).name) == (True, None, "state.json")
     with pytest.raises(MaskError):
         engine_args(str(models["gpt-oss"]), expert_mask="missing.json")

@@ -62,7 +62,7 @@ def test_pruned_logits_are_minus_infinity_and_kept_ones_unchanged(models: dict[s
         assert torch.isneginf(after[:, mask.pruned(layer)]).all()
         assert torch.equal(after[:, mask.kept(layer)], before[layer][:, mask.kept(layer)])
         assert gate.bias.data_ptr() == addresses[layer]  # captured graphs stay valid
-    model.routers.remove()
+    model.routers.apply(None)
     assert all(torch.equal(gate(sample)[0], logits) for gate, logits in zip(gates, before, strict=True))
 
 

@@ -9,6 +9,8 @@ SOFTPRUNE_TEST_SKIP_LAYER=n        softprune's mask is not written to MoE layer 
 SOFTPRUNE_TEST_PROVEN=A,B          treat these MoE backends as proven, to find out whether they are
 SOFTPRUNE_TEST_LIE=1               scheduler processes say that they serve another mask
 SOFTPRUNE_TEST_VANISH=file         delete this file once the front end has read it
+SOFTPRUNE_TEST_ONE_CACHE=1         all masks share one prefix cache (a mutation that tests must notice)
+SOFTPRUNE_TEST_REFUSE=n:hash       rank n refuses to switch to the mask with this hash
 """
 
 import importlib
@@ -41,6 +43,10 @@ def register():
         _proven(ENV["SOFTPRUNE_TEST_PROVEN"].split(","))
     if ENV.get("SOFTPRUNE_TEST_LIE"):
         _lie()
+    if ENV.get("SOFTPRUNE_TEST_ONE_CACHE"):
+        _one_cache()
+    if ENV.get("SOFTPRUNE_TEST_REFUSE"):
+        _refuse(*ENV["SOFTPRUNE_TEST_REFUSE"].split(":", 1))
     if ROLE == "child" and os.path.exists(ENV.get("SOFTPRUNE_TEST_VANISH", "")):
         os.unlink(ENV["SOFTPRUNE_TEST_VANISH"])
 
@@ -112,3 +118,27 @@ def _lie():
 
     status = MaskedModel.status
     MaskedModel.status = lambda self: {**status(self), "mask": None}
+
+
+def _one_cache():
+    from softprune.sglang_ext import scheduler
+
+    scheduler.cache_namespace = lambda mask_hash, own: own
+    scheduler._bar_from_cache = lambda request: None
+
+
+def _refuse(rank, refused):
+    import torch.distributed as dist
+
+    from softprune.control import ControlError
+    from softprune.runtime.masked_model import MaskedModel
+
+    stage = MaskedModel.stage
+
+    def refusing(self, text):
+        vote = stage(self, text)
+        if dist.get_rank() == int(rank) and text is not None and self.routers._staged[0].hash == refused:
+            return ControlError(409, "planted", "this rank refuses").answer
+        return vote
+
+    MaskedModel.stage = refusing
