@@ -54,7 +54,9 @@ class RouterMask:
         """Compute the biases under a mask (None: as loaded), [num_layers, num_experts], beside those in force."""
         biases = self.loaded
         if mask is not None:
-            pruned = torch.tensor([[i in ids for i in range(mask.model.num_experts)] for ids in map(mask.pruned, range(len(self.routers)))])
+            pruned = torch.zeros(biases.shape, dtype=torch.bool)
+            for layer, row in enumerate(pruned):
+                row[mask.pruned(layer)] = True
             if biases.is_cuda:
                 pruned = pruned.pin_memory()  # else the host would wait for the steps in flight
             biases = biases.masked_fill(pruned.to(biases.device, non_blocking=True), float("-inf"))

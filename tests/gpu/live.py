@@ -42,11 +42,11 @@ class Sizes:
 
     switches: int = 300
     speed_switches: int = 1000
-    seconds: float = 8.0
+    seconds: float = 5.0
     streams: int = 32
-    load_tokens: int = 1600
+    load_tokens: int = 1200
     crossing_tokens: int = 700
-    speed_tokens: int = 512
+    speed_tokens: int = 256
     long_prompt: int = 6000
 
 
@@ -286,7 +286,7 @@ class Live:
 
     def _bench(self, out: Path, streams: int, prompt: int, new: int, passes: int) -> list[str]:
         return [
-            sys.executable, "-c", "from softprune.cli import app; app()", "bench", "decode", "--url", f"http://127.0.0.1:{self.server.port}",
+            sys.executable, "-c", "from softprune.bench.cli import bench_app; bench_app()", "decode", "--url", f"http://127.0.0.1:{self.server.port}",
             "--out", str(out), "--batch", str(streams), "--prompt-tokens", str(prompt), "--max-new-tokens", str(new), "--repeats",
             str(passes), "--warmup", "0", "--no-stream", "--token-ids", "0-480", "--seed", str(time.time_ns() % 100_000),
         ]  # fmt: skip
