@@ -52,6 +52,8 @@ FREE_REQUEST = Seam("scheduler.free_request", f"{_SCHEDULER}._free_request", ("r
 ASYNC_SCHEDULER = Seam("scheduler.async", "vllm.v1.core.sched.async_scheduler:AsyncScheduler")
 BLOCK_HASHES = Seam("request.update_block_hashes", "vllm.v1.request:Request.update_block_hashes")
 REQUEST = Seam("request.fields", "vllm.v1.request:Request", ("cache_salt", "block_hasher"))
+REQUEST_FIELDS = ("request_id", "cache_salt", "block_hashes", "num_computed_tokens")
+"""What `scheduler` reads of every request."""
 SCHEDULER_OUTPUT = Seam(
     "scheduler.output", "vllm.v1.core.sched.output:SchedulerOutput",
     ("scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens", "total_num_scheduled_tokens"),

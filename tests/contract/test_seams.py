@@ -106,10 +106,10 @@ def test_sglang_settings_are_read_as_resolved() -> None:
             static.find(package, uses.RESOLVING_VIEW)
 
 
-@pytest.mark.parametrize("name", sglang_seams.REQUEST_FIELDS)
-def test_sglang_request(name: str) -> None:
-    with reported("sglang", f"request's {name}") as package:
-        static.check_attribute(package, sglang_seams.REQUEST.target, name)
+@pytest.mark.parametrize(("engine", "name"), per_engine(uses.REQUEST_FIELDS, str))
+def test_request(engine: str, name: str) -> None:
+    with reported(engine, f"request's {name}") as package:
+        static.check_attribute(package, uses.REQUESTS[engine].target, name)
 
 
 @pytest.mark.parametrize("seam", [*sglang_seams.WEIGHT_UPDATES.values(), sglang_seams.BEGIN_WEIGHT_UPDATE], ids=lambda seam: seam.name)

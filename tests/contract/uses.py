@@ -67,6 +67,10 @@ BLOCK_ATTRIBUTES = {
 }
 """What `routers.py` reads in an architecture's MoE block."""
 
+REQUESTS = {"vllm": vllm_seams.REQUEST, "sglang": sglang_seams.REQUEST}
+REQUEST_FIELDS = {"vllm": list(vllm_seams.REQUEST_FIELDS), "sglang": list(sglang_seams.REQUEST_FIELDS)}
+"""What `scheduler.py` reads of an engine's requests."""
+
 KNOWN_CALLS = {
     "vllm": ("vllm.v1.worker.gpu_worker:Worker", {*vllm_seams.REFUSED_CALLS, *vllm_seams.OTHER_CALLS}),
     "sglang": (

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -291,6 +293,26 @@ def test_a_users_own_salt_still_separates(live: Live) -> None:
     live.put(live.masks[0])
     prompt = random_prompts(1, 200, seed=72)[0]
     assert [live.first_token(prompt, cache_salt=salt)[1] > 0 for salt in ("x", "y", "x")] == [False, False, True]
+
+
+def test_the_command_line_switches_and_proves(live: Live, tmp_path: Path) -> None:
+    """`softprune server` and `softprune selftest`, as a user runs them; the selftest leaves the mask that it found."""
+    mask = saved(live.masks[2], tmp_path / "c.json")
+    to = ["--url", f"http://127.0.0.1:{live.server.port}", "--key", live.server.key]
+
+    def run(*args: str) -> str:
+        done = subprocess.run([str(Path(sys.executable).with_name("softprune")), *args, *to], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("server", "apply", mask, "--wait", "30")
+    assert live.status()["mask"]["hash"] == live.masks[2].hash
+    assert json.loads(run("server", "status", "--json"))[0]["mask"]["hash"] == live.masks[2].hash
+    report = run("selftest", "--batch", "4", "--tokens", "16", "--token-ids", "0-480")
+    assert "FAIL" not in report
+    assert live.status()["mask"]["hash"] == live.masks[2].hash
+    run("server", "clear")
+    assert live.status()["mask"] is None
 
 
 def test_drain_lets_running_requests_finish_under_their_mask(live: Live) -> None:

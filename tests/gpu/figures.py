@@ -2,6 +2,8 @@
 
     python -m tests.gpu.figures ENGINE RESULTS.json
 
+RESULTS.json is what `tests.gpu.prove` or `tests.gpu.live` wrote.
+
 A ratio is the median speed of one server over the median of the unpatched ones, which are booted twice so that the noise
 between boots is known. A pass is left out of the medians (never out of the raw file) if it was slower than 0.9 of its
 server's best at that batch size: an engine that compiles a kernel for a new shape in the middle of a pass loses a second or two,
@@ -58,6 +60,11 @@ def table(decode: dict[str, Any]) -> dict[str, Any]:
 
 def main(engine: str, source: Path) -> None:
     document = json.loads(source.read_text())
+    if "idle" in document:
+        raw = RESULTS / f"{engine}_live_gpu.json"
+        raw.write_text(json.dumps(document, indent=1) + "\n")
+        record(RESULTS / "headline.json", f"{engine}.mask.switch_ms.p50", document["idle"]["p50"], "ms", raw.name)
+        return
     for one in document["decode"].values():
         for result in one["results"]:
             for repeat in result["repeats"]:
