@@ -7,6 +7,7 @@
 | `seams` | the only names of vLLM's internals |
 | `routers` | finding the routers of a loaded model |
 | `worker` | masking them in every worker process, and keeping them masked |
+| `scheduler` | live switches between two steps, mask epochs, and prefix caches named by mask |
 | `routes` | the control API on the engine's own HTTP port |
 """
 

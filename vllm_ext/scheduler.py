@@ -124,7 +124,8 @@ def _install_in_engine_core() -> None:
     @functools.wraps(preprocess)
     def preprocess_add_request(self: Any, request: Any) -> Any:
         # In the thread that takes requests in, so that a long prompt is hashed once and not by the scheduler again.
-        request.cache_salt = cache_namespace(self.scheduler.epochs.masks[-1], request.cache_salt)
+        if isinstance(self.scheduler, ExpertMaskScheduling):  # a process may run other engines beside a masked one
+            request.cache_salt = cache_namespace(self.scheduler.epochs.masks[-1], request.cache_salt)
         return preprocess(self, request)
 
     core.preprocess_add_request = preprocess_add_request
