@@ -133,11 +133,20 @@ class ControlApi(ABC):
 
     async def _status(self, scope: Any) -> dict[str, Any]:
         launch = await self.launch(scope)
-        ranks = await self.ask(scope, "status")
-        _agreed([(rank["mask"] or {}).get("hash") for rank in ranks], "masks")
+        for _ in range(10):
+            ranks, scheduler = await self.ask(scope, "status"), await self.ask_scheduler(scope, "status")
+            hashes = [(rank["mask"] or {}).get("hash") for rank in ranks]
+            # Two questions: a switch may have come between them.
+            if hashes == [scheduler["mask_hash"]] * len(ranks):
+                break
+        else:
+            raise ControlError(
+                500, "ranks_disagree", "the processes' masks differ", {"workers": hashes, "scheduler": scheduler["mask_hash"]}
+            )
+        del scheduler["mask_hash"]
         state = launch.expert_mask_state
         return {
-            **self.about(scope), **ranks[0], **await self.ask_scheduler(scope, "status"),
+            **self.about(scope), **ranks[0], **scheduler,
             "launch_mask": launch.mask_hash, "state_file": state,
             "after_restart": "the mask in force" if state else "the launch mask",
         }  # fmt: skip

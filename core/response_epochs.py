@@ -27,48 +27,63 @@ def naming_epochs(send: Send, finished: RequestIndex) -> Send:
     """An ASGI `send` that names the epochs of finished requests in every answer."""
     held: dict[str, Any] | None = None
     length: int | None = None
+    answered: set[str] = set()
 
     async def named(message: dict[str, Any]) -> None:
         nonlocal held, length
         if message["type"] == "http.response.start":
-            held = message  # its content-length is not known before the body
             length = _content_length(message["headers"])
-            return
+            if length is not None:
+                held = message  # it may grow with the body
+                return
         if message["type"] == "http.response.body":
             body = message.get("body", b"")
             # What has a length is named in one piece or not at all: after the first piece the length has been sent.
-            named_body = name_epochs(body, finished) if body and length in (None, len(body)) else body
+            named_body = name_epochs(body, finished, answered) if body and length in (None, len(body)) else body
             if held is not None:
                 if len(named_body) != len(body):
                     held = {**held, "headers": _lengthened(held["headers"], len(named_body) - len(body))}
                 await send(held)
                 held = None
             message = {**message, "body": named_body}
+            if not message.get("more_body"):
+                for request_id in answered:
+                    finished.forget(request_id)  # a client may use an id again
         await send(message)
 
     return named
 
 
-def name_epochs(body: bytes, finished: RequestIndex) -> bytes:
-    """A whole JSON body, or some events of a stream, with the epochs of the finished requests in it."""
+def name_epochs(body: bytes, finished: RequestIndex, answered: set[str]) -> bytes:
+    """A whole JSON body, or some events of a stream, with the epochs of the finished requests in it.
+
+    Args:
+        body: bytes of an answer.
+        finished: epochs by request id.
+        answered: gets the ids that were named.
+    """
     if b'"meta_info"' in body:
-        return _META_INFO.sub(lambda match: match[0] + _field(match[1], finished, b","), body)
-    return b"\n\n".join(_event(event, finished) for event in body.split(b"\n\n"))
+        return _META_INFO.sub(lambda match: match[0] + _field(match[1], finished, answered, b","), body)
+    return b"\n\n".join(_event(event, finished, answered) for event in body.split(b"\n\n"))
 
 
-def _event(event: bytes, finished: RequestIndex) -> bytes:
+def _event(event: bytes, finished: RequestIndex, answered: set[str]) -> bytes:
     start = len(b"data: ") if event.startswith(b"data: ") else 0
     match = _ID.match(event, start)
     end = event.rstrip()
     if match is None or not end.endswith(b"}"):
         return event
-    field = _field(match[1], finished)
+    field = _field(match[1], finished, answered)
     return end[:-1] + b"," + field + b"}" + event[len(end) :] if field else event
 
 
-def _field(request_id: bytes, finished: RequestIndex, after: bytes = b"") -> bytes:
-    epochs = finished.epochs(request_id.decode("utf-8", "replace"))
-    return b'"softprune":' + json.dumps({"epochs": epochs}, separators=(",", ":")).encode() + after if epochs else b""
+def _field(request_id: bytes, finished: RequestIndex, answered: set[str], after: bytes = b"") -> bytes:
+    name = request_id.decode("utf-8", "replace")
+    epochs = finished.epochs(name)
+    if not epochs:
+        return b""
+    answered.add(name)
+    return b'"softprune":' + json.dumps({"epochs": epochs}, separators=(",", ":")).encode() + after
 
 
 def _content_length(headers: Any) -> int | None:

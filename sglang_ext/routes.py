@@ -69,7 +69,7 @@ class ControlApi(control_api.ControlApi):
 
 
 def add_control_api(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
-    """Before SGLang's HTTP server runs. Added last, so it sees every request first."""
+    """Before SGLang's HTTP server runs. SGLang adds the check of its own key later, so that one comes first."""
     launch = launch_in(seams.setting(server_args, OVERRIDES))
     if launch is None:
         return

@@ -62,6 +62,8 @@ class LiveMask:
         """
         if self.draining:
             raise ControlError(409, "switch_in_progress", "another switch waits for running requests")
+        if in_flight == "drain" and _of(scheduler, "_engine_paused"):
+            raise ControlError(409, "engine_is_paused", "in_flight=drain: somebody else has paused the engine; expected a running one")
         with on_model_stream(scheduler):
             vote = self.model.stage(text)
         refusal = refusal_among(from_all_ranks(scheduler, vote))
@@ -72,7 +74,7 @@ class LiveMask:
         if in_flight == "drain":
             self.draining = True
         else:
-            if in_flight == "retract":
+            if in_flight == "retract" or _must_retract(scheduler):
                 _retract_all(scheduler)
             self._outcome = self._commit(scheduler)
         return self.outcome()
@@ -256,10 +258,22 @@ def _bar_from_cache(request: Any) -> None:
 
 def _retract_all(scheduler: Any) -> None:
     """Take the KV of all running requests and queue them again, as SGLang does before it is given new weights."""
-    paused = _of(scheduler, "_engine_paused")
-    scheduler.pause_generation(seams.PAUSE_REQUEST.resolve()(mode="retract"))
-    if not paused:
-        scheduler.continue_generation(seams.CONTINUE_REQUEST.resolve()(torch_empty_cache=False))
+    paused, limit = _of(scheduler, "_engine_paused"), _of(scheduler, "max_queued_requests")
+    scheduler.max_queued_requests = None  # it is for new requests; these would be given up
+    try:
+        scheduler.pause_generation(seams.PAUSE_REQUEST.resolve()(mode="retract"))
+    finally:
+        scheduler.max_queued_requests = limit
+        if not paused:
+            scheduler.continue_generation(seams.CONTINUE_REQUEST.resolve()(torch_empty_cache=False))
+
+
+def _must_retract(scheduler: Any) -> bool:
+    """Whether a prefill in chunks could get stuck across a switch.
+
+    Of a request that caches nothing, SGLang frees no slots behind a sliding window before it decodes, and may then wait for them forever.
+    """
+    return bool(_of(scheduler, "is_hybrid_swa")) and _of(scheduler, "chunked_req") is not None
 
 
 @functools.cache

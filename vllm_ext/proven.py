@@ -74,6 +74,8 @@ def check_modes(vllm_config: Any) -> None:
         SeamError: a mode cannot be read in this version of vLLM.
     """
     proven.check_modes(UNPROVEN_MODES, lambda path: seams.attribute(vllm_config, path, "config." + path), "vllm")
+    if os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"):
+        raise RefusedError("VLLM_SERVER_DEV_MODE is set: anybody could call the workers, past softprune's key and its bookkeeping")
     if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
         raise RefusedError("VLLM_MOE_ROUTING_SIMULATION_STRATEGY is set: vLLM would select experts without asking the routers")
 

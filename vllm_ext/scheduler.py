@@ -13,18 +13,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from softprune.control import refusal_among
+from softprune.control import ControlError, refusal_among
 from softprune.runtime.epochs import Epochs, cache_namespace
 from softprune.vllm_ext import seams
 from softprune.vllm_ext.flags import EPOCHS_KEY, launch_of
 
 _NAMESPACED = re.compile(r"softprune:(?:unpruned|sha256:[0-9a-f]{64}):(.*)", re.DOTALL)
+
+
+_NONCES = itertools.count()
+"""Tell the answers to one vote from those to another."""
 
 
 class ExpertMaskScheduling:
@@ -41,6 +46,7 @@ class ExpertMaskScheduling:
         seams.check(seams.SCHEDULER)
         super().__init__(*args, **kwargs)
         self.epochs = Epochs(launch_of(self.vllm_config).mask_hash, seams.call_ids)
+        self._ended_by_front_end: set[str] = set()
         _install_in_engine_core()
 
     def add_request(self, request: Any) -> None:
@@ -48,6 +54,8 @@ class ExpertMaskScheduling:
         if request.request_id not in self.requests:
             request.softprune_own_salt = own_salt(request.cache_salt)
             self._name_cache(request)
+            if request.sampling_params is not None and request.sampling_params.stop:
+                self._ended_by_front_end.add(request.request_id)
         super().add_request(request)  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,6 +64,15 @@ class ExpertMaskScheduling:
         first_time = output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids
         self.epochs.stamp(output.num_scheduled_tokens, output.total_num_scheduled_tokens, all_seen=not first_time)
         return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """A step's results: requests with stop strings name their epochs each time, since the front end decides that they have ended."""
+        outputs = super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+        if self._ended_by_front_end:
+            for output in (one for client in outputs.values() for one in client.outputs):
+                if output.request_id in self._ended_by_front_end and output.kv_transfer_params is None:
+                    output.kv_transfer_params = {EPOCHS_KEY: self.epochs.running(output.request_id)}
+        return outputs
 
     def begin_epoch(self, mask_hash: str | None) -> int:
         """Every step launched from now on runs under another mask.
@@ -66,8 +83,8 @@ class ExpertMaskScheduling:
         Returns:
             The epoch.
         """
-        epoch = self.epochs.switch(mask_hash)
-        for request in self.requests.values():
+        before, epoch = self.epochs.masks[-1], self.epochs.switch(mask_hash)
+        for request in self.requests.values() if mask_hash != before else ():
             if request.num_computed_tokens:
                 self._seal_cache(request)
             else:
@@ -79,6 +96,7 @@ class ExpertMaskScheduling:
         self._name_cache(request)  # all of its KV will be computed again
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._ended_by_front_end.discard(request.request_id)
         parameters, *rest = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         return {**(parameters or {}), EPOCHS_KEY: self.epochs.finish(request.request_id)}, *rest
 
@@ -152,7 +170,15 @@ def call(core: Any, what: str, arguments: dict[str, Any]) -> Any:
 
 def _switch(core: Any, text: str | None) -> dict[str, Any]:
     """Vote, then commit: {"epoch", "ranks"}, or {"refused": `ControlError.answer`} with the old mask in force everywhere."""
-    refused = refusal_among(core.collective_rpc("softprune_stage", args=(text,)))
+    nonce = next(_NONCES)
+    try:
+        votes = core.collective_rpc("softprune_stage", args=(text, nonce))
+        refused = refusal_among([vote["refused"] for vote in votes])
+        # A call that failed on one process leaves the others' answers to it unread: they would be taken for votes.
+        if any(vote["nonce"] != nonce for vote in votes):
+            refused = ControlError(500, "ranks_out_of_step", "the processes answer an earlier call; restart the server").answer
+    except Exception as error:  # noqa: BLE001 - the old mask stays in force, whatever it was
+        refused = ControlError.of(error).answer
     if refused:
         core.collective_rpc("softprune_drop")
         return {"refused": refused}

@@ -48,11 +48,12 @@ COLLECTIVE_RPC = Seam("core.collective_rpc", "vllm.v1.engine.core:EngineCore.col
 ADD_REQUEST = Seam("scheduler.add_request", f"{_SCHEDULER}.add_request", ("request",))
 SCHEDULE = Seam("scheduler.schedule", f"{_SCHEDULER}.schedule")
 PREEMPT = Seam("scheduler.preempt_request", f"{_SCHEDULER}._preempt_request", ("request",))
+UPDATE = Seam("scheduler.update_from_output", f"{_SCHEDULER}.update_from_output")
 FREE_REQUEST = Seam("scheduler.free_request", f"{_SCHEDULER}._free_request", ("request",))
 ASYNC_SCHEDULER = Seam("scheduler.async", "vllm.v1.core.sched.async_scheduler:AsyncScheduler")
 BLOCK_HASHES = Seam("request.update_block_hashes", "vllm.v1.request:Request.update_block_hashes")
 REQUEST = Seam("request.fields", "vllm.v1.request:Request", ("cache_salt", "block_hasher"))
-REQUEST_FIELDS = ("request_id", "cache_salt", "block_hashes", "num_computed_tokens")
+REQUEST_FIELDS = ("request_id", "cache_salt", "block_hashes", "num_computed_tokens", "sampling_params")
 """What `scheduler` reads of every request."""
 SCHEDULER_OUTPUT = Seam(
     "scheduler.output", "vllm.v1.core.sched.output:SchedulerOutput",
@@ -60,7 +61,7 @@ SCHEDULER_OUTPUT = Seam(
 )  # fmt: skip
 RESUMED = Seam("scheduler.resumed", "vllm.v1.core.sched.output:CachedRequestData", ("resumed_req_ids",))
 SCHEDULER = (
-    ENGINE_CORE, PREPROCESS, COLLECTIVE_RPC, ADD_REQUEST, SCHEDULE, PREEMPT, FREE_REQUEST, ASYNC_SCHEDULER, BLOCK_HASHES, REQUEST,
+    ENGINE_CORE, PREPROCESS, COLLECTIVE_RPC, ADD_REQUEST, SCHEDULE, UPDATE, PREEMPT, FREE_REQUEST, ASYNC_SCHEDULER, BLOCK_HASHES, REQUEST,
     SCHEDULER_OUTPUT, RESUMED,
 )  # fmt: skip
 """Checked in the engine core before it schedules anything."""

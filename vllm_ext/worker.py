@@ -91,9 +91,9 @@ class ExpertMaskWorker:
         """What this process serves; JSON-ready."""
         return self._model().status()
 
-    def softprune_stage(self, text: str | None) -> dict[str, Any] | None:
-        """First half of a live switch: None, or why this process cannot put the mask in force."""
-        return self._model().stage(text)
+    def softprune_stage(self, text: str | None, nonce: int) -> dict[str, Any]:
+        """First half of a live switch: "refused" is None, or why this process cannot put the mask in force; "nonce" as given."""
+        return {"refused": self._model().stage(text), "nonce": nonce}
 
     def softprune_commit(self) -> dict[str, Any]:
         """Second half: steps launched from now on run under the new mask."""

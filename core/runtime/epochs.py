@@ -57,6 +57,11 @@ class RequestIndex:
         while len(self._epochs) > self._room:
             self._forget(next(iter(self._epochs)))
 
+    def forget(self, name: str) -> None:
+        """Forget all requests that go by this name."""
+        for request_id in list(self._named.get(name, ())):
+            self._forget(request_id)
+
     def find(self, name: str) -> dict[str, list[int]]:
         """Engine's id -> epochs, of every request that goes by this name; empty if there is none."""
         return {request_id: self._epochs[request_id] for request_id in sorted(self._named.get(name, ()))}
@@ -136,6 +141,10 @@ class Epochs:
             self.finished.add(request_id, epochs)
         return epochs
 
+    def running(self, request_id: str) -> list[int]:
+        """The epochs so far of a request that is not done."""
+        return list(self._running.get(request_id, ()))
+
     def of(self, name: str) -> dict[str, Any] | None:
         """What `GET requests/{id}` answers; None if no such request is known.
 
@@ -152,4 +161,4 @@ class Epochs:
 
     def status(self) -> dict[str, Any]:
         """For `GET status`."""
-        return {"mask_epoch": self.current, "crossed_requests": self.crossed}
+        return {"mask_epoch": self.current, "mask_hash": self.masks[-1], "crossed_requests": self.crossed}

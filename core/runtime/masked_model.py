@@ -78,7 +78,13 @@ class MaskedModel:
         Raises:
             RefusedError: it does not.
         """
-        self.routers.verify(self._hidden, self._dtype)
+        if self.probe is not None:
+            self.probe.enabled = False
+        try:
+            self.routers.verify(self._hidden, self._dtype)
+        finally:
+            if self.probe is not None:
+                self.probe.enabled = True
 
     def add_probe(self) -> RouteProbe:
         """Counters for the routers' selections; the extension connects them."""

@@ -17,6 +17,7 @@ class RouteProbe:
     """Counters on the routers' device.
 
     `counts` is int64 [num_layers, num_experts]; `tokens` int64 [num_layers], rows that passed each router;
+    `enabled` is False while routers run on nobody's behalf;
     `traced` holds, per layer, the selections of its first rows since the last reset: int16 [rows, top_k], by ascending id.
     """
 
@@ -26,6 +27,7 @@ class RouteProbe:
         self.traced: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
         self._room = [TRACED_TOKENS] * num_layers
         self.epoch = 0
+        self.enabled = True
         self._ended: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def begin_epoch(self) -> None:
@@ -40,6 +42,8 @@ class RouteProbe:
             layer: position among the MoE layers.
             ids: integers [n, top_k].
         """
+        if not self.enabled:
+            return
         flat = ids.reshape(-1).to(torch.int64)
         self.counts[layer].index_add_(0, flat, torch.ones_like(flat))
         self.tokens[layer] += ids.shape[0]

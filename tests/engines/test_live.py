@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -313,6 +314,31 @@ def test_the_command_line_switches_and_proves(live: Live, tmp_path: Path) -> Non
     assert live.status()["mask"]["hash"] == live.masks[2].hash
     run("server", "clear")
     assert live.status()["mask"] is None
+
+
+def test_an_answer_that_a_stop_string_ends_names_its_epochs(live: Live) -> None:
+    """vLLM's front end ends it, and the engine core sends no last output."""
+    epoch = live.put(live.masks[1])["epoch"]
+    prompt = random_prompts(1, 40, seed=83)[0]
+    stop = live.server.complete(prompt, 40)["choices"][0]["text"][10]
+    answer = live.server.complete(prompt, 40, stop=[stop])
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["softprune"] == {"epochs": [epoch]}
+
+
+def test_an_id_that_is_used_again_names_the_new_epochs(live: Live) -> None:
+    def ask() -> list[int]:
+        body = {"model": live.server.model, "prompt": [1, 2, 3], "max_tokens": 2, "ignore_eos": True}
+        call = urllib.request.Request(f"http://127.0.0.1:{live.server.port}/v1/completions", json.dumps(body).encode())
+        call.add_header("content-type", "application/json")
+        call.add_header("X-Request-Id", "again")
+        with urllib.request.urlopen(call, timeout=60) as response:
+            return list(json.load(response)["softprune"]["epochs"])
+
+    first = live.put(live.masks[0])["epoch"]
+    assert ask() == [first]
+    live.put(live.masks[1])
+    assert ask() == [first + 1]
 
 
 def test_drain_lets_running_requests_finish_under_their_mask(live: Live) -> None:

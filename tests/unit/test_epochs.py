@@ -38,7 +38,7 @@ def test_epochs_are_stamped_when_steps_are_launched() -> None:
     assert epochs.switch(None) == 2
     epochs.stamp(["a", "c"], 2, all_seen=True)
     assert (epochs.finish("a"), epochs.finish("c")) == ([0, 1, 2], [1, 2])
-    assert epochs.status() == {"mask_epoch": 2, "crossed_requests": 0}
+    assert epochs.status() == {"mask_epoch": 2, "mask_hash": None, "crossed_requests": 0}
     assert (epochs.masks, epochs.tokens) == ([None, A, None], [20, 8, 2])
     assert epochs.finish("never ran") == []
     assert epochs.of("never ran") is None

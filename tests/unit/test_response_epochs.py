@@ -101,9 +101,9 @@ def test_meta_info_alone_and_in_lists(finished: RequestIndex) -> None:
     with_two = {**two, "meta_info": {"softprune": {"epochs": [1, 4]}, **two["meta_info"]}}  # type: ignore[dict-item]
     for separators in ((",", ":"), (", ", ": ")):
         body = json.dumps([one, two, three], separators=separators).encode()
-        assert json.loads(name_epochs(body, finished)) == [with_one, with_two, three]
+        assert json.loads(name_epochs(body, finished, set())) == [with_one, with_two, three]
         event = b"data: " + json.dumps(one, separators=separators).encode() + b"\n\n"
-        named = name_epochs(event, finished)
+        named = name_epochs(event, finished, set())
         assert named.startswith(b"data: ")
         assert named.endswith(b"\n\n")
         assert json.loads(named[6:]) == with_one
@@ -130,7 +130,7 @@ def test_meta_info_alone_and_in_lists(finished: RequestIndex) -> None:
     ],
 )
 def test_bytes_stay_where_nothing_is_known(finished: RequestIndex, body: bytes) -> None:
-    assert name_epochs(body, finished) == body
+    assert name_epochs(body, finished, set()) == body
     messages = answer(body, headers=sized(body))
     assert through(messages, finished) == messages
 
