@@ -193,7 +193,7 @@ def cached(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         "--expert-mask",
         saved(masks[0], folder / "a.json"),
     ]
-    env = {"SOFTPRUNE_TEST_ONE_CACHE": str(no_names), "SOFTPRUNE_TEST_PAUSE": "0.005"}
+    env = {"SOFTPRUNE_TEST_ONE_CACHE": str(no_names), "SOFTPRUNE_TEST_PAUSE": "0.01"}
     with VllmServer(models["qwen3-moe"], *args, "--expert-mask-state", str(state), log=folder / "log", env=env) as server:
         server.wait_ready()
         yield Cached(Live(server, masks), state, no_names)
