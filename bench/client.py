@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import time
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from softprune.bench.prompts import (
 )
 from softprune.control import KEY_HEADER, PREFIX, client_key
 from softprune.errors import InputError, shortened
+from softprune.server_client import is_loopback
 
 
 class DecodeClient:
@@ -56,7 +56,7 @@ class DecodeClient:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError("--url", "", shortened(url), "http://HOST:PORT")
         self._url, self.workload, self.stream, self._stall = url.rstrip("/"), workload, stream, stall_seconds
-        self.loopback = _is_loopback(parts.hostname)
+        self.loopback = is_loopback(parts.hostname)
         self._key = key or (client_key(parts.port or (443 if parts.scheme == "https" else 80)) if self.loopback else None)
         self._asked_api = api
         self.api: Api = "openai"
@@ -201,10 +201,3 @@ class DecodeClient:
             return response.status, json.loads(body)
         except ValueError:
             return response.status, None
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

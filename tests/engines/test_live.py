@@ -25,6 +25,7 @@ from softprune.mask import ExpertMask
 from tests.conftest import Evidence, random_mask, random_prompts, saved
 from tests.engines.conftest import Masked
 from tests.engines.harness import Stream, VllmServer
+from tests.gpu.compare import gap
 
 pytestmark = pytest.mark.engine
 API = "/softprune/v1"
@@ -211,12 +212,6 @@ def across_switches(live: Live, a: ExpertMask, b: ExpertMask, seed: int) -> list
         answer = running.result(120)
     assert len(answer["softprune"]["epochs"]) == 3
     return [*prompt, *answer["choices"][0]["token_ids"]]
-
-
-def gap(one: dict[str, float], two: dict[str, float]) -> float:
-    """Mean absolute difference of the log-probabilities that two answers share; infinite if they share fewer than 10 of 20."""
-    both = set(one) & set(two)
-    return sum(abs(one[token] - two[token]) for token in both) / len(both) if len(both) >= 10 else float("inf")
 
 
 def test_the_start_mask_is_that_of_the_state_file(cached: Cached) -> None:

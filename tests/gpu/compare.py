@@ -54,3 +54,9 @@ def logprobs(one: Result, two: Result, key_one: str = "logprobs", key_two: str =
         largest, equal, total = max(largest, *gaps), equal + sum(gap == 0 for gap in gaps), total + len(gaps)
     return {"prompts": len(means), "max_of_mean": max(means), "mean": sum(means) / len(means), "max": largest, "equal_share": equal / total,
             "same_generated": one["tokens"] == two["tokens"] if key_one == key_two else None}  # fmt: skip
+
+
+def gap(one: dict[Any, float], two: dict[Any, float]) -> float:
+    """Mean absolute difference of the log-probabilities that two answers share; infinite if they share fewer than 10 of 20."""
+    both = set(one) & set(two)
+    return sum(abs(one[token] - two[token]) for token in both) / len(both) if len(both) >= 10 else float("inf")

@@ -9,7 +9,6 @@ what a live mask must give), and an eager one whose routers are watched. Every p
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import itertools
 import json
@@ -30,8 +29,9 @@ from softprune.checkpoint.synth import synth_checkpoint
 from softprune.control import KEY_HEADER
 from softprune.mask import ExpertMask
 from tests.conftest import random_mask, random_prompts, saved
+from tests.gpu.compare import gap
 from tests.gpu.engines import ENGINES, Engine, Row
-from tests.gpu.prove import versions
+from tests.gpu.prove import arguments, versions
 
 API = "/softprune/v1"
 
@@ -299,12 +299,6 @@ class Live:
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0])
 
 
-def gap(one: dict[int, float], two: dict[int, float]) -> float:
-    """Mean absolute difference of the log-probabilities that two answers share; infinite if they share fewer than 10."""
-    both = set(one) & set(two)
-    return sum(abs(one[token] - two[token]) for token in both) / len(both) if len(both) >= 10 else float("inf")
-
-
 def _largest_gap(one: Any, two: Any) -> float:
     return max(abs(a - b) for (_, first), (_, second) in zip(one, two, strict=True) for a, b in zip(first, second, strict=True))
 
@@ -320,12 +314,7 @@ def _bare(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", choices=ENGINES)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=560)
-    parser.add_argument("--cpu", action="store_true")
+    parser = arguments(__doc__)
     parser.add_argument("--python", default=sys.executable, help="the engine's, if it has an environment of its own")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -69,8 +69,8 @@ class Proof:
                 slice_checkpoint(base, masks[mask], self.work / name)
         self.masks = {name: saved(mask, self.work / f"{name}.json") for name, mask in masks.items()}
 
-    def rows(self) -> tuple[list[Row], list[Row]]:
-        """Servers that have no result yet: those that the property everything rests on needs, and the rest."""
+    def rows(self) -> list[Row]:
+        """Servers that have no result yet; first those that the property everything rests on needs."""
         flag = self.engine.backend_flag
         other = ("marlin", "flashinfer_mxfp4") if self.engine.name == "sglang" else ("marlin", "triton_unfused")
         native = () if not self.engine.on_gpu else other
@@ -95,12 +95,11 @@ class Proof:
             Row("qwen keep9 graphs", "qwen", mask="qwen", graphs=True),
         ]
         done = {path.stem for path in self.results.glob("*.json")}
-        return [row for row in first if row.name not in done], [row for row in rest if row.name not in done]
+        return [row for row in (*first, *rest) if row.name not in done]
 
     def run(self) -> None:
         """All that time allows."""
-        first, rest = self.rows()
-        self._serve([*first, *rest])
+        self._serve(self.rows())
         self._speed()
 
     def _left(self) -> float:
@@ -262,14 +261,20 @@ def versions(engine: Engine) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """The command line of a script on a GPU host."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=560)
-    parser.add_argument("--parallel", type=int, default=5, help="servers side by side; each takes about 22 GB")
     parser.add_argument("--cpu", action="store_true")
+    return parser
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--parallel", type=int, default=5, help="servers side by side; each takes about 22 GB")
     args = parser.parse_args()
     began = time.monotonic()
     proof = Proof(ENGINES[args.engine](not args.cpu), args.work.resolve(), args.parallel, began + args.seconds)
@@ -280,7 +285,7 @@ def main() -> None:
     finally:
         args.out.write_text(json.dumps(proof.report(), indent=1) + "\n")
     failed = [path.stem for path in proof.results.glob("*.error")]
-    left = [row.name for rows in proof.rows() for row in rows]
+    left = [row.name for row in proof.rows()]
     print(f"{time.monotonic() - began:.0f} s; errors: {failed or 'none'}; rows left: {left or 'none'}")
 
 
