@@ -2,7 +2,7 @@
 
     python -m tests.gpu.figures ENGINE RESULTS.json
 
-RESULTS.json is what `tests.gpu.prove` or `tests.gpu.live` wrote.
+RESULTS.json is what `tests.gpu.prove` (also with --speed-only) or `tests.gpu.live` wrote.
 
 A ratio is the median speed of one server over the median of the unpatched ones, which are booted twice so that the noise
 between boots is known. A pass is left out of the medians (never out of the raw file) if it was slower than 0.9 of its
@@ -70,7 +70,7 @@ def main(engine: str, source: Path) -> None:
             for repeat in result["repeats"]:
                 repeat.pop("streams", None)  # one record for each request; the figures are made of these
     document["speed"] = table(document["decode"])
-    raw = RESULTS / f"{engine}_gpu.json"
+    raw = RESULTS / (f"{engine}_gpu.json" if document["routes"] else f"{engine}_speed_gpu.json")
     raw.write_text(json.dumps(document, indent=1) + "\n")
     for batch, row in document["speed"].items():
         for name, value in row["ratios"].items():

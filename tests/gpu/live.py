@@ -2,8 +2,8 @@
 
     python -m tests.gpu.live ENGINE WORK_DIR OUT.json [--seconds 560] [--cpu]
 
-Three servers side by side: one with CUDA graphs that is switched, one that was started with the mask (its log-probabilities are
-what a live mask must give), and an eager one whose routers are watched. Every part writes its figures as soon as it has them.
+Four servers side by side: one with CUDA graphs that is switched, an eager one whose routers are watched, and of each kind one that
+was started with the mask (its log-probabilities are what a live mask must give). Every part writes its figures as soon as it has them.
 `--cpu` is the same with a tiny model on this machine's CPU, to try the script itself.
 """
 
@@ -47,7 +47,7 @@ class Sizes:
     load_tokens: int = 1200
     crossing_tokens: int = 700
     speed_tokens: int = 256
-    long_prompt: int = 6000
+    long_prompt: int = 4000
 
 
 CPU = Sizes(switches=40, speed_switches=60, seconds=3, streams=8, load_tokens=400, crossing_tokens=400, speed_tokens=32, long_prompt=1000)
@@ -106,17 +106,22 @@ class Live:
         files = {"a": saved(self.masks[0], self.work / "live_a.json")}
         rows = [
             Row("live", args=("--softprune-control", *self.engine.cached_args), graphs=True),
-            Row("live launch", mask="a", args=self.engine.cached_args, graphs=True),
             Row("live probe", args=("--softprune-control",), probe=True),
+            Row("live launch", mask="a", args=self.engine.cached_args, graphs=True),
+            Row("live launch eager", mask="a"),
         ]
-        servers = [self.engine.start(row, self.work, files, free_port()) for row in rows]
+        servers = []
         try:
-            for row, server in zip(rows, servers, strict=True):
-                server.wait_ready(max(1.0, self.deadline - time.monotonic()))
-                print(f"{row.name}: up, {self.left():.0f} s left", flush=True)
-            self.server, self.launched, self.probed = servers
+            # The launched ones afterwards: vLLM servers that boot together with an empty compile cache each make kernels of their own.
+            for pair in (rows[:2], rows[2:]):
+                booting = [self.engine.start(row, self.work, files, free_port()) for row in pair]
+                servers += booting
+                for row, server in zip(pair, booting, strict=True):
+                    server.wait_ready(max(1.0, self.deadline - time.monotonic()))
+                    print(f"{row.name}: up, {self.left():.0f} s left", flush=True)
+            self.server, self.probed, *self.launched = servers
             self.switcher = Switcher(self.server, self.masks)
-            for part in (self.idle, self.equals_launch, self.decoding, self.speed, self.cache, self.watched, self.prefilling):
+            for part in (self.idle, self.equals_launch, self.decoding, self.speed, self.cache, self.prefilling, self.watched):
                 if self.left() < 15:
                     print(f"no time for {part.__name__}", flush=True)
                     continue
@@ -136,7 +141,7 @@ class Live:
         except Exception as error:  # noqa: BLE001 - the other parts go on
             self.result[part.__name__] = {"error": f"{type(error).__name__}: {error}"}
         self.out.write_text(json.dumps(self.result, indent=1) + "\n")
-        shown = {key: value for key, value in _bare(self.result[part.__name__]).items()}
+        shown = _bare(self.result[part.__name__])
         print(f"{part.__name__}: {time.monotonic() - began:.1f} s, {shown}", flush=True)
 
     def idle(self) -> dict[str, Any]:
@@ -145,51 +150,61 @@ class Live:
 
     def equals_launch(self) -> dict[str, Any]:
         """A mask put live gives what the same mask gives at launch; without it the first values are back."""
+        pairs = {"graphs": (self.server, self.launched[0]), "eager": (self.probed, self.launched[1])}
+        return {name: self._equals_launch(*pair) for name, pair in pairs.items()}
+
+    def _equals_launch(self, server: Server, launched: Server) -> dict[str, Any]:
         prompts = random_prompts(8, 128, seed=31)
 
-        def ask(server: Server) -> Any:
-            return [answer for prompt in prompts for answer in self.engine.ask(server, [prompt], 4)]
+        def ask(one: Server) -> Any:
+            return [answer for prompt in prompts for answer in self.engine.ask(one, [prompt], 4)]
 
-        self.switcher.delete()
-        unmasked = ask(self.server)
-        self.switcher.put(0)
-        live, launched = ask(self.server), ask(self.launched)
-        self.switcher.delete()
-        again = ask(self.server)
+        Switcher(server, self.masks).delete()
+        unmasked = ask(server)
+        Switcher(server, self.masks).put(0)
+        live, at_launch = ask(server), ask(launched)
+        Switcher(server, self.masks).delete()
+        again = ask(server)
         return {
-            "live_equals_launch": live == launched, "restored": unmasked == again, "differs_from_unmasked": live != unmasked,
-            "largest_gap_to_launch": _largest_gap(live, launched), "largest_gap_restored": _largest_gap(unmasked, again),
+            "live_equals_launch": live == at_launch, "restored": unmasked == again, "differs_from_unmasked": live != unmasked,
+            "largest_gap_to_launch": _largest_gap(live, at_launch), "largest_gap_restored": _largest_gap(unmasked, again),
+            "share_equal_to_launch": _share_equal(live, at_launch),
         }  # fmt: skip
 
     def decoding(self) -> dict[str, Any]:
-        """Switch time under decoding streams."""
-        with self._load(self.sizes.streams, 64, self.sizes.load_tokens) as load:
+        """Switch time under decoding streams, for as long as they decode."""
+        self._warm_up(self.sizes.streams, 64)
+        with self._load(self.sizes.streams, 64, self.sizes.load_tokens) as process:
             self.switcher.reconnect()
-            samples = self._switch_for(self.sizes.seconds)
-        self.switcher.reconnect()
-        step_ms = 1000 * self.sizes.streams / statistics.median(load())
+            samples = self._switch_while(lambda: process.poll() is None)
+        step_ms = 1000 * self.sizes.streams / statistics.median(self._speeds("load.json"))
         return {"streams": self.sizes.streams, "step_ms": round(step_ms, 3), "bar_ms": round(2 * step_ms + 5, 3), **quantiles(samples)}
 
     def prefilling(self) -> dict[str, Any]:
         """Switch time under long prefills."""
-        with self._load(4, self.sizes.long_prompt, 8, passes=40):
+        self._warm_up(4, self.sizes.long_prompt)
+        with self._load(4, self.sizes.long_prompt, 8, passes=100):
             self.switcher.reconnect()
-            samples = self._switch_for(self.sizes.seconds / 2)
+            until = time.monotonic() + self.sizes.seconds
+            samples = self._switch_while(lambda: time.monotonic() < until)
         return {"prompt_tokens": self.sizes.long_prompt, **quantiles(samples)}
 
     def speed(self) -> dict[str, Any]:
         """Decode speed and device memory before and after many switches."""
         self.switcher.put(0)
-        result: dict[str, Any] = {"memory_mib": [self._memory()], "tok_s": {"before": self._measure()}}
+        self._measure(1)
+        before, memory = self._measure(3), self._memory()
         self.switcher.reconnect()
-        seconds = [self.switcher.put(turn)[1] for turn in range(1, self.sizes.speed_switches + 1)]
+        began = time.monotonic()
+        for turn in range(1, self.sizes.speed_switches + 1):
+            self.switcher.put(turn)
+        seconds = time.monotonic() - began
         self.switcher.put(0)
-        result["tok_s"]["after"] = self._measure()
-        result["memory_mib"].append(self._memory())
-        medians = {name: statistics.median(values) for name, values in result["tok_s"].items()}
+        after, memory_after = self._measure(3), self._memory()
         return {
-            **result, "switches": len(seconds), "after_over_before": round(medians["after"] / medians["before"], 4),
-            "memory_grown_mib": result["memory_mib"][1] - result["memory_mib"][0],
+            "tok_s": {"before": before, "after": after}, "switches": self.sizes.speed_switches, "seconds": round(seconds, 2),
+            "after_over_before": round(statistics.median(after) / statistics.median(before), 4),
+            "memory_mib": [memory, memory_after], "memory_grown_mib": memory_after - memory,
         }  # fmt: skip
 
     def cache(self) -> dict[str, Any]:
@@ -258,38 +273,46 @@ class Live:
             "selections": selections, "pruned": pruned, "epochs_whose_tokens_disagree": disagree,
         }  # fmt: skip
 
-    def _switch_for(self, seconds: float) -> list[float]:
-        samples, until = [], time.monotonic() + seconds
+    def _switch_while(self, going: Callable[[], bool]) -> list[float]:
+        samples = []
         for turn in itertools.count():
-            if time.monotonic() > until:
-                return samples
             samples.append(self.switcher.put(turn)[1])
             time.sleep(0.015)
+            if not going():
+                return samples[:-1]  # the last may have met an idle server
         raise AssertionError
 
     @contextmanager
-    def _load(self, streams: int, prompt: int, new: int, passes: int = 1) -> Iterator[Callable[[], list[float]]]:
-        """Requests from another process meanwhile; afterwards, call what this yields for their tokens per second."""
-        out = self.work / "load.json"
-        process = subprocess.Popen(self._bench(out, streams, prompt, new, passes))
+    def _load(self, streams: int, prompt: int, new: int, passes: int = 1) -> Iterator[subprocess.Popen[bytes]]:
+        """Requests from another process meanwhile."""
+        process = subprocess.Popen(self._bench("load.json", streams, prompt, new, passes))
         time.sleep(2.5 if self.engine.on_gpu else 4)  # until it has started up and every prompt is prefilled
         try:
-            yield lambda: process.wait(120) or _speeds(out)
+            yield process
         finally:
-            if passes > 1:
-                process.kill()
+            process.kill()
+            process.wait()
 
-    def _measure(self) -> list[float]:
-        out = self.work / "speed.json"
-        subprocess.run(self._bench(out, self.sizes.streams, 64, self.sizes.speed_tokens, 3), check=True, timeout=120)
-        return _speeds(out)
+    def _warm_up(self, streams: int, prompt: int) -> None:
+        """vLLM compiles kernels for each new number of prefilled rows, for seconds: once before anything is timed."""
+        subprocess.run(self._bench("warm.json", streams, prompt, 4, 3), check=True, timeout=120)
 
-    def _bench(self, out: Path, streams: int, prompt: int, new: int, passes: int) -> list[str]:
+    def _measure(self, passes: int) -> list[float]:
+        subprocess.run(self._bench("speed.json", self.sizes.streams, 64, self.sizes.speed_tokens, passes), check=True, timeout=120)
+        return self._speeds("speed.json")
+
+    def _bench(self, out: str, streams: int, prompt: int, new: int, passes: int) -> list[str]:
         return [
-            sys.executable, "-c", "from softprune.bench.cli import bench_app; bench_app()", "decode", "--url", f"http://127.0.0.1:{self.server.port}",
-            "--out", str(out), "--batch", str(streams), "--prompt-tokens", str(prompt), "--max-new-tokens", str(new), "--repeats",
-            str(passes), "--warmup", "0", "--no-stream", "--token-ids", "0-480", "--seed", str(time.time_ns() % 100_000),
+            sys.executable, "-c", "from softprune.bench.cli import bench_app; bench_app()", "decode",
+            "--url", f"http://127.0.0.1:{self.server.port}", "--out", str(self.work / out), "--batch", str(streams),
+            "--prompt-tokens", str(prompt), "--max-new-tokens", str(new), "--repeats", str(passes), "--warmup", "0",
+            "--stream" if self.engine.streams else "--no-stream", "--token-ids", "0-480", "--seed", str(time.time_ns() % 100_000),
         ]  # fmt: skip
+
+    def _speeds(self, out: str) -> list[float]:
+        """Tokens per second of every pass: while decoding if they streamed, else in all."""
+        (result,) = json.loads((self.work / out).read_text())["results"]
+        return [repeat["decode_tok_s"] or repeat["total_tok_s"] for repeat in result["repeats"]]
 
     def _memory(self) -> int:
         """MiB in use on the GPU, by all of its processes."""
@@ -303,10 +326,10 @@ def _largest_gap(one: Any, two: Any) -> float:
     return max(abs(a - b) for (_, first), (_, second) in zip(one, two, strict=True) for a, b in zip(first, second, strict=True))
 
 
-def _speeds(out: Path) -> list[float]:
-    """Total tokens per second of every pass."""
-    (result,) = json.loads(out.read_text())["results"]
-    return [repeat["total_tok_s"] for repeat in result["repeats"]]
+def _share_equal(one: Any, two: Any) -> float:
+    """Of the log-probabilities, those that are the same to the last bit."""
+    same = [a == b for (_, first), (_, second) in zip(one, two, strict=True) for a, b in zip(first, second, strict=True)]
+    return sum(same) / len(same)
 
 
 def _bare(figures: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Proof:
         self.need = 100 if engine.on_gpu else 40
         self.shape = ("gpt-oss-20b", "mxfp4") if engine.on_gpu else ("tiny", "bf16")
 
-    def prepare(self) -> None:
+    def prepare(self, speed_only: bool) -> None:
         """Checkpoints and masks."""
         base = self.work / "base"
         if not base.exists():
@@ -65,7 +65,7 @@ class Proof:
             "qwen": random_mask(self.work / "qwen", 9, seed=5),
         }
         for name, mask in (("sliced", "keep24"), ("sliced16", "keep16")):
-            if not (self.work / name).exists():
+            if not speed_only and not (self.work / name).exists():
                 slice_checkpoint(base, masks[mask], self.work / name)
         self.masks = {name: saved(mask, self.work / f"{name}.json") for name, mask in masks.items()}
 
@@ -97,9 +97,10 @@ class Proof:
         done = {path.stem for path in self.results.glob("*.json")}
         return [row for row in (*first, *rest) if row.name not in done]
 
-    def run(self) -> None:
+    def run(self, speed_only: bool) -> None:
         """All that time allows."""
-        self._serve(self.rows())
+        if not speed_only:
+            self._serve(self.rows())
         self._speed()
 
     def _left(self) -> float:
@@ -185,7 +186,7 @@ class Proof:
             for row, n in todo:
                 if row.name in up and self._left() > (45 if self.engine.on_gpu else 5):
                     self._measure(row, up[row.name], n, batches, new, warm)
-            for row in (graphs[0], graphs[3]):
+            for row in () if self.engine.streams else (graphs[0], graphs[3]):
                 streamed = self.results / f"{row.name} streamed.json"
                 if row.name in up and not streamed.exists() and self._left() > 45:
                     self._measure(row, up[row.name], 0, batches, new, warm)
@@ -275,13 +276,14 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--parallel", type=int, default=5, help="servers side by side; each takes about 22 GB")
+    parser.add_argument("--speed-only", action="store_true", help="measure decoding again and check nothing else")
     args = parser.parse_args()
     began = time.monotonic()
     proof = Proof(ENGINES[args.engine](not args.cpu), args.work.resolve(), args.parallel, began + args.seconds)
-    proof.prepare()
+    proof.prepare(args.speed_only)
     print(f"prepared in {time.monotonic() - began:.0f} s", flush=True)
     try:
-        proof.run()
+        proof.run(args.speed_only)
     finally:
         args.out.write_text(json.dumps(proof.report(), indent=1) + "\n")
     failed = [path.stem for path in proof.results.glob("*.error")]
