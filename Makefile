@@ -8,7 +8,7 @@ SGLANG := .venv-sglang
 SOURCES := setup.py pyproject.toml $(shell find core bench vllm_ext sglang_ext -name '*.py')
 INSTALL := install --quiet --config-settings editable_mode=strict --editable
 
-.PHONY: setup demo test lint contract evidence clean
+.PHONY: setup demo test lint contract evidence tiny-data tiny-train clean
 
 setup: .venv/.softprune
 
@@ -56,6 +56,16 @@ contract: setup
 # Everything that make test shows, with its figures, and what takes too long for it. The JSON is committed.
 evidence: setup
 	$(BIN)/python -m pytest tests/engines tests/evidence --ignore tests/engines/inside_sglang --evidence bench/results/cpu.json
+
+# The packs of the tiny model from their sources, compared with what is committed; Debian's package index has to be fresh (apt-get update).
+tiny-data: setup
+	$(BIN)/python -m softprune.bench.tiny.packs
+	$(BIN)/python -m softprune.bench.tiny.batches .cache/tiny/data.npz.xz
+
+# On a GPU host that has .cache/tiny/data.npz.xz; TINY_SECONDS of training (at most 8 minutes in all with 400).
+TINY_SECONDS ?= 400
+tiny-train:
+	python3 -m softprune.bench.tiny.train .cache/tiny/data.npz.xz .cache/tiny/trained --seconds $(TINY_SECONDS)
 
 clean:
 	rm -rf .venv $(SGLANG) build .cache *.egg-info

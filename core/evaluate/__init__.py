@@ -1,0 +1,1 @@
+"""Evaluation of quality: Harmony spans, packing, reference log-probabilities."""
