@@ -14,6 +14,7 @@ PACKAGES = {
     "softprune.evaluate": "core/evaluate",
     "softprune.bench": "bench",
     "softprune.bench.tiny": "bench/tiny",
+    "softprune.bench.tiny.data": "bench/tiny/data",
     "softprune.sglang_ext": "sglang_ext",
     "softprune.vllm_ext": "vllm_ext",
 }

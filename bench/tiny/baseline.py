@@ -19,9 +19,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from softprune.bench.tiny import baseline_kenlm
+from softprune.bench.tiny import CONTEXT, PACKS, baseline_kenlm
 from softprune.bench.tiny.baseline_ngram import ORDER, Ngram, estimate, score_blocks, split_conversations
-from softprune.bench.tiny.measure_packs import PACKS, SEQ_LEN, block_hashes, heldout_blocks, load_tokenizer
+from softprune.bench.tiny.measure_packs import block_hashes, heldout_blocks, load_tokenizer
 from softprune.errors import InputError, SoftpruneError
 from softprune.evaluate.packing import Blocks
 from softprune.evaluate.reference import perplexity
@@ -118,7 +118,7 @@ def main(
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "model": f"{ORDER}-gram, interpolated modified Kneser-Ney (KenLM {baseline_kenlm.VERSION}), nothing pruned",
         "library": {"name": "KenLM", "version": baseline_kenlm.VERSION, "sha256": baseline_kenlm.SHA256},
-        "seq_len": SEQ_LEN,
+        "seq_len": CONTEXT,
         "training": ngram.facts,
         "packs": figures,
     }

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from softprune.bench.tiny import CONTEXT, PACKS
 from softprune.errors import InputError
 
-PACKS = ("reasoning_style", "tool_agentic", "chat_if", "code")
-CONTEXT = 1024
 HERE = Path(__file__).resolve().parent
 TRAINING = Path(".cache/tiny/train/tokens.npz")
 

@@ -23,10 +23,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from softprune.bench.tiny import CONTEXT, PACKS
 from softprune.bench.tiny.baseline import perplexity_on
 from softprune.bench.tiny.measure_bars import CALL_PROMPTS, SAMPLES, bars, table
 from softprune.bench.tiny.measure_curve import plot_curve, read_curve
-from softprune.bench.tiny.measure_packs import PACKS, SEQ_LEN, heldout_blocks, load_tokenizer, pack_files
+from softprune.bench.tiny.measure_packs import heldout_blocks, load_tokenizer, pack_files
 from softprune.bench.tiny.measure_routing import Selections, js_divergence, random_mask, recorded, routers
 from softprune.bench.tiny.measure_samples import Prompt, cut_prompt, generate, judge_calls
 from softprune.checkpoint.families import ModelSpec, read_config, spec_of
@@ -189,7 +190,7 @@ def measure(
         "version": VERSION,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
-        "settings": {"seq_len": SEQ_LEN, "num_blocks": num_blocks, "dtype": "float32", "max_new_tokens": max_new_tokens},
+        "settings": {"seq_len": CONTEXT, "num_blocks": num_blocks, "dtype": "float32", "max_new_tokens": max_new_tokens},
         "fingerprint": fingerprint_of_checkpoint(child),
         "ngram": known and {"model": known["model"], "library": known["library"], "training": known["training"]},
         "perplexity": {

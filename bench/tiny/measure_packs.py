@@ -6,12 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from softprune.bench.tiny import CONTEXT, PACKS
 from softprune.errors import InputError
 from softprune.evaluate.packing import UNION, Blocks, pack_rows, read_rows, union
-
-PACKS = ("reasoning_style", "tool_agentic", "chat_if", "code")
-"""In the order in which UNION takes its rows."""
-SEQ_LEN = 1024
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -32,7 +29,7 @@ def pack_files(folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.parquet" for name in PACKS}
 
 
-def heldout_blocks(folder: Path, tokenizer: Any, num_blocks: int | None, seq_len: int = SEQ_LEN) -> dict[str, Blocks]:
+def heldout_blocks(folder: Path, tokenizer: Any, num_blocks: int | None, seq_len: int = CONTEXT) -> dict[str, Blocks]:
     """Blocks of each pack and of UNION.
 
     Blocks don't depend on how many are asked for: fewer are the first ones of more.

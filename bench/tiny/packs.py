@@ -25,16 +25,17 @@ from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
-from softprune.bench.tiny import kind_chat, kind_code, kind_reasoning, kind_tools, tokenizer
-from softprune.bench.tiny.card import card
-from softprune.bench.tiny.dedup import NearDuplicates
-from softprune.bench.tiny.documents import Document, read_documents
-from softprune.bench.tiny.notices import notices
-from softprune.bench.tiny.pack_files import MAX_ROW_TOKENS, PACKS, Row, write_pack
-from softprune.bench.tiny.part import Part, num_completion_tokens
-from softprune.bench.tiny.render import Conversation
-from softprune.bench.tiny.source_list import SOURCES
-from softprune.bench.tiny.sources import fetch_all
+from softprune.bench.tiny import PACKS
+from softprune.bench.tiny.data import kind_chat, kind_code, kind_reasoning, kind_tools, tokenizer
+from softprune.bench.tiny.data.card import card
+from softprune.bench.tiny.data.dedup import NearDuplicates
+from softprune.bench.tiny.data.documents import Document, read_documents
+from softprune.bench.tiny.data.notices import notices
+from softprune.bench.tiny.data.pack_files import MAX_ROW_TOKENS, Row, write_pack
+from softprune.bench.tiny.data.part import Part, num_completion_tokens
+from softprune.bench.tiny.data.render import Conversation
+from softprune.bench.tiny.data.source_list import SOURCES
+from softprune.bench.tiny.data.sources import fetch_all
 from softprune.checkpoint.harmony import EOS_TOKENS
 from softprune.errors import InputError
 from softprune.files import write_whole

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from softprune.bench.tiny import batches
+from softprune.bench.tiny import PACKS, batches
 from softprune.bench.tiny.balance import Balance
-from softprune.bench.tiny.batches import PACKS, Stream
+from softprune.bench.tiny.batches import Stream
 from softprune.bench.tiny.masters import Masters
 from softprune.bench.tiny.weights import config, write
 from softprune.errors import InputError

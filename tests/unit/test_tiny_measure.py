@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from softprune.bench.tiny import baseline, baseline_kenlm, baseline_ngram
+from softprune.bench.tiny import PACKS, baseline, baseline_kenlm, baseline_ngram
 from softprune.bench.tiny.measure_bars import Bar, bars
 from softprune.bench.tiny.measure_curve import plot_curve, read_curve
-from softprune.bench.tiny.measure_packs import PACKS, block_hashes
+from softprune.bench.tiny.measure_packs import block_hashes
 from softprune.bench.tiny.measure_routing import Selections, js_divergence, random_mask, recorded, router_modules, routers
 from softprune.bench.tiny.measure_samples import Prompt, cut_prompt, declared_functions, first_call, generate, judge_calls
 from softprune.checkpoint import synth

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from softprune.bench.tiny import batches, train, weights
-from softprune.bench.tiny.batches import PACKS, Stream, spoken_tokens
+from softprune.bench.tiny import PACKS, batches, train, weights
+from softprune.bench.tiny.batches import Stream, spoken_tokens
 from softprune.bench.tiny.train import Options, Run
 from softprune.checkpoint.mxfp4 import dequantize, quantize, round_trip
 from softprune.errors import InputError

@@ -11,8 +11,8 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from softprune.bench.tiny.chat_tasks import Turn
-from softprune.bench.tiny.functions import Function, is_free
+from softprune.bench.tiny.data.chat_tasks import Turn
+from softprune.bench.tiny.data.functions import Function, is_free
 
 Task = Callable[[random.Random, Function, Sequence[Function]], Turn | None]
 _NEW_NAMES = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,6 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from softprune.errors import InputError
-
-PACKS = ("reasoning_style", "tool_agentic", "chat_if", "code")
-"""The packs, in the order in which UNION takes a row of each."""
 
 MAX_ROW_TOKENS = 1000
 """A row has fewer tokens than this."""
@@ -54,11 +51,3 @@ def read_pack(path: Path) -> list[Row]:
         if name not in table.column_names:
             raise InputError(str(path), name, f"columns {table.column_names}", f"columns {_SCHEMA.names}")
     return [Row(**row) for row in table.select(_SCHEMA.names).to_pylist()]
-
-
-def union(packs: Sequence[Sequence[Row]]) -> Iterator[Row]:
-    """One row of each pack in turn, going on with the others when one is exhausted (metrics.md 1.1)."""
-    for index in range(max(map(len, packs), default=0)):
-        for rows in packs:
-            if index < len(rows):
-                yield rows[index]

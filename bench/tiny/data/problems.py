@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import pairwise
 from math import gcd
 
-from softprune.bench.tiny import arithmetic as worked
+from softprune.bench.tiny.data import arithmetic as worked
 
 NAMES = tuple(
     [

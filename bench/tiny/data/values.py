@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from softprune.bench.tiny.problems import NAMES
+from softprune.bench.tiny.data.problems import NAMES
 
 _SURNAMES = [
     "Abbott",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from softprune.bench.tiny.documents import Document
+from softprune.bench.tiny.data.documents import Document
 
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)*\"'][.!?])\s+(?=[A-Z\"(])")
 _ABBREVIATION = re.compile(r"\b(?:[A-Z]|Mr|Mrs|Dr|St|No|vs|etc|e\.g|i\.e|cf|Sec|Hon|Gen|Col|Capt)\.$")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from softprune.bench.tiny.manpage import manpage_items, manpage_paragraphs
-from softprune.bench.tiny.sources import Source, members
+from softprune.bench.tiny.data.manpage import manpage_items, manpage_paragraphs
+from softprune.bench.tiny.data.sources import Source, members
 
 _SKIPPED_CODE = re.compile(
     r"(^|/)(tests?|_?vendor(ed)?|_vendor|extern|locale|lexers|conftest|migrations|idlelib/idle_test|lib2to3/tests)(/|\.)"

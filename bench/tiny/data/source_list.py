@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from softprune.bench.tiny.sources import Source
+from softprune.bench.tiny.data.sources import Source
 
 SOURCES = (
     Source("python3.11-doc", "3.11.2-6+deb12u9", "debian", "python3.11-doc_3.11.2-6+deb12u9_all.deb", "5b3594189d6ef9a6963ce0347fd307a1cc67620ad697e144db366070e2e146be", "PSF-2.0", "prose"),

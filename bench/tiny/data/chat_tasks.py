@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from softprune.bench.tiny.passages import Passage
-from softprune.bench.tiny.problems import NAMES
+from softprune.bench.tiny.data.passages import Passage
+from softprune.bench.tiny.data.problems import NAMES
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from softprune.bench.tiny.problems import THINGS
-from softprune.bench.tiny.render import Conversation, Message, analysis, call, developer, final, result, system, user
-from softprune.bench.tiny.split import is_heldout, rng_for
-from softprune.bench.tiny.systems import system_text
-from softprune.bench.tiny.tool_specs import TOOLS, Tool
-from softprune.bench.tiny.values import VALUES, full_name
+from softprune.bench.tiny.data.problems import THINGS
+from softprune.bench.tiny.data.render import Conversation, Message, analysis, call, developer, final, result, system, user
+from softprune.bench.tiny.data.split import is_heldout, rng_for
+from softprune.bench.tiny.data.systems import system_text
+from softprune.bench.tiny.data.tool_specs import TOOLS, Tool
+from softprune.bench.tiny.data.values import VALUES, full_name
 
 Drawn = dict[str, str | int]
 

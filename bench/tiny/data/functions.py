@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from softprune.bench.tiny.documents import Document
+from softprune.bench.tiny.data.documents import Document
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from softprune.bench.tiny.sources import Source, members
+from softprune.bench.tiny.data.sources import Source, members
 
 _NOTICE = re.compile(r"(\.dist-info/.*|share/doc/[^/]*/|^package/)(LICEN[CS]E|COPYING|NOTICE|copyright)[^/]*$", re.I)
 

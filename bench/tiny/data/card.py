@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from softprune.bench.tiny.source_list import SOURCES
-from softprune.bench.tiny.split import HELDOUT_PER_MILLE, SEED
+from softprune.bench.tiny.data.source_list import SOURCES
+from softprune.bench.tiny.data.split import HELDOUT_PER_MILLE, SEED
 
 _SPLIT = f"""\
 By document: a document is held out when a number made from SHA-256 of the seed {SEED} and its name is below {HELDOUT_PER_MILLE} of 1000.

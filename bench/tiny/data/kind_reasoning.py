@@ -10,11 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 
-from softprune.bench.tiny import problems, word_problems
-from softprune.bench.tiny.problems import Problem
-from softprune.bench.tiny.render import Conversation, Message, analysis, final, system, user
-from softprune.bench.tiny.split import is_heldout, rng_for
-from softprune.bench.tiny.systems import system_text
+from softprune.bench.tiny.data import problems, word_problems
+from softprune.bench.tiny.data.problems import Problem
+from softprune.bench.tiny.data.render import Conversation, Message, analysis, final, system, user
+from softprune.bench.tiny.data.split import is_heldout, rng_for
+from softprune.bench.tiny.data.systems import system_text
 
 _MAKERS: dict[Callable[[random.Random], Problem], int] = {
     problems.addition: 10, problems.subtraction: 10, problems.multiplication: 10, problems.division: 8, problems.linear: 8,

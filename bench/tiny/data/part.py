@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding
 
-from softprune.bench.tiny.pack_files import Row
+from softprune.bench.tiny.data.pack_files import Row
 from softprune.evaluate.harmony import completion_spans
 
 

@@ -1,0 +1,1 @@
+"""What the packs are made of: sources, kinds of conversation, rendering, splitting."""
