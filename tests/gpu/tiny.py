@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from softprune.bench.server import free_port
 from softprune.bench.tiny import PACKS
 from softprune.checkpoint.dequantize import dequantize_checkpoint
