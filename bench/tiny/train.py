@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import math
 import shutil
 import time
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 
 from softprune.bench.tiny import PACKS, batches
 from softprune.bench.tiny.balance import Balance
@@ -30,7 +30,7 @@ from softprune.bench.tiny.masters import Masters
 from softprune.bench.tiny.weights import config, write
 from softprune.errors import InputError
 
-CONSOLE = Console()
+logger = logging.getLogger("softprune.tiny")
 BALANCE = 0.01
 """Weight of the load-balancing loss, as in arXiv 2101.03961."""
 UNSPOKEN = 0.3
@@ -50,8 +50,8 @@ class Options:
         seed: of the weights and of the order of the blocks.
         sequences: in a step, the same number of each pack.
         learning_rate: its highest.
-        device: "cuda", or "cpu" to try this (float32, Transformers' plain attention).
-        experts: Transformers' `experts_implementation`.
+        device: "cuda", or "cpu" to try this, in float32.
+        experts, attention: Transformers' `experts_implementation` and `attn_implementation`; of the latter, those that know sinks.
         compiled: whether to compile.
         keep_every: seconds between checkpoints.
         heldout_blocks: of each pack that are measured, at most.
@@ -64,14 +64,15 @@ class Options:
     learning_rate: float = 2e-3
     device: str = "cuda"
     experts: str = "grouped_mm"
+    attention: str = "flex_attention"
     compiled: bool = True
     keep_every: float = 60
     heldout_blocks: int = 10_000
 
 
-def attention_masks(device: str, context: int, window: int) -> Any:
-    """Transformers' masks for flex attention, made once instead of in every step; for a CPU it makes its own."""
-    if device == "cpu":
+def attention_masks(options: Options, context: int, window: int) -> Any:
+    """Transformers' masks for flex attention, made once instead of in every step; for others it makes its own."""
+    if options.attention != "flex_attention":
         return None
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -82,7 +83,7 @@ def attention_masks(device: str, context: int, window: int) -> Any:
         return (query >= key) & (query - key < window)
 
     rules = {"full_attention": full, "sliding_attention": sliding}
-    return {name: create_block_mask(rule, None, None, context, context, device=device) for name, rule in rules.items()}
+    return {name: create_block_mask(rule, None, None, context, context, device=options.device) for name, rule in rules.items()}
 
 
 def weighted_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -102,12 +103,12 @@ class Run:
         torch.manual_seed(options.seed)
         described = GptOssConfig(**{key: value for key, value in config().items() if key not in ("architectures", "torch_dtype")})
         described._experts_implementation = options.experts
-        described._attn_implementation = "flex_attention" if on_gpu else "eager"
+        described._attn_implementation = options.attention
         model = GptOssForCausalLM(described).float().to(options.device)
         self.masters = Masters(model, options.learning_rate, torch.bfloat16 if on_gpu else torch.float32)
         self.model = self.masters.model
         self.balance = Balance(self.model)
-        self.masks = attention_masks(options.device, data.context, described.sliding_window)
+        self.masks = attention_masks(options, data.context, described.sliding_window)
         self.streams = [
             Stream(data.tokens[pack], data.spoken[pack], data.context, len(PACKS) * options.seed + i, options.device)
             for i, pack in enumerate(PACKS)
@@ -179,7 +180,7 @@ class Run:
         torch.autograd.backward(loss + BALANCE * balance)
         self.model.zero_grad(set_to_none=True)
         self.heldout(mxfp4=False, blocks=1)
-        CONSOLE.print(f"warm after {time.monotonic() - began:.0f} s")
+        logger.info(f"warm after {time.monotonic() - began:.0f} s")
 
     @torch.no_grad()
     def heldout(self, mxfp4: bool, blocks: int | None = None) -> dict[str, Any]:
@@ -210,10 +211,9 @@ class Run:
         last = self.curve[-1]
         last["heldout"] = found["perplexity"]
         shown = ", ".join(f"{pack} {value:.2f}" for pack, value in found["perplexity"].items())
-        CONSOLE.print(
+        logger.info(
             f"{self.seconds:.0f} s, step {self.steps}, {self.tokens / 1e6:.1f} M tokens, loss {last['train_loss']:.3f}, "
-            f"balance {last['balance']:.3f}; held out: {shown}; smallest share {found['smallest_share']:.4f}",
-            soft_wrap=True,
+            f"balance {last['balance']:.3f}; held out: {shown}; smallest share {found['smallest_share']:.4f}"
         )
         state = self.out / "state"
         state.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,7 @@ class Run:
             raise InputError(str(path), "options", str(at["options"]), f"{asdict(self.options)}, or another folder")
         self.masters.load(path.with_name(f"{at['steps']}.safetensors"))
         self.steps, self.seconds, self.curve = at["steps"], at["seconds"], at["curve"]
-        CONSOLE.print(f"going on from step {self.steps}")
+        logger.info(f"going on from step {self.steps}")
 
     def finish(self, source: Path) -> None:
         """Measure the BF16 parent and the MXFP4 child, write both, and what the run was."""
@@ -252,7 +252,7 @@ class Run:
             write(weights, self.out / storage, storage)
         (self.out / "curve.json").write_text(json.dumps(self.curve) + "\n")
         (self.out / "training.json").write_text(json.dumps(result, indent=1) + "\n")
-        CONSOLE.print(result)
+        logger.info(json.dumps(result))
 
 
 def main() -> None:
@@ -264,6 +264,7 @@ def main() -> None:
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
     args = vars(parser.parse_args())
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     source, out = args.pop("data"), args.pop("out")
     run = Run(batches.load(source), out, Options(**args))
     run.train()

@@ -1,10 +1,10 @@
 """The trained small gpt-oss, as MXFP4, in an engine on a GPU: does it say what Transformers says?
 
-    python -m tests.gpu.tiny reference CHECKPOINT REFERENCE.npz [--blocks 12]
+    python -m tests.gpu.tiny reference CHECKPOINT REFERENCE.npz --data DATA.npz.xz [--blocks 12] [--cpu]
     python -m tests.gpu.tiny ENGINE WORK_DIR OUT.json --checkpoint CHECKPOINT --reference REFERENCE.npz [--seconds 400] [--cpu]
 
-The first makes teacher-forced log-probabilities of held-out blocks by Transformers, where the packs can be read; the second boots the
-engine on the checkpoint as it is and asks it for the same. `--cpu` serves a dequantised copy on this machine's CPU.
+The first makes teacher-forced log-probabilities of held-out blocks by Transformers in float32 (DATA is what training read); the second
+boots the engine on the checkpoint as it is and asks it for the same. `--cpu` serves a dequantised copy on this machine's CPU.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from softprune.bench.server import free_port
 from softprune.bench.tiny import PACKS
+from softprune.bench.tiny.batches import load
 from softprune.checkpoint.dequantize import dequantize_checkpoint
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
+from softprune.evaluate.reference import load_reference, score
 from tests.gpu.engines import ENGINES, Engine, Row
 from tests.gpu.prove import versions
 
@@ -31,18 +34,16 @@ MEAN_DIFFERENCE, RELATIVE_PERPLEXITY = 0.03, 0.01
 """Bars of a pack: the mean absolute difference of log-probabilities, and the relative difference of the perplexity of completion tokens."""
 
 
-def make_reference(checkpoint: Path, out: Path, blocks: int) -> None:
+def make_reference(checkpoint: Path, data: Path, out: Path, blocks: int, device: str) -> None:
     """Write ids int32, keep bool and log_p float32 [blocks, 1024] of each pack, and the checkpoint's fingerprint."""
-    from softprune.bench.tiny.measure_packs import heldout_blocks, load_tokenizer
-    from softprune.evaluate.reference import load_reference, score
-
-    model = load_reference(checkpoint)
-    tiny = Path(__file__).parent.parent.parent / "bench" / "tiny"
+    model = load_reference(checkpoint).to(device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    heldout = load(data)
     arrays: dict[str, NDArray[Any]] = {"fingerprint": np.array(fingerprint_of_checkpoint(checkpoint))}
-    for pack, found in heldout_blocks(tiny / "packs", load_tokenizer(tiny / "tokenizer"), blocks).items():
-        if pack in PACKS:
-            arrays |= {f"{pack}.ids": found.ids, f"{pack}.keep": found.keep, f"{pack}.log_p": score(model, found.ids).log_p}
-            print(pack, flush=True)
+    for pack in PACKS:
+        ids = heldout.heldout_ids[pack][:blocks].astype(np.int32)
+        arrays |= {f"{pack}.ids": ids, f"{pack}.keep": heldout.heldout_keep[pack][:blocks], f"{pack}.log_p": score(model, ids).log_p}
+        print(pack, flush=True)
     np.savez_compressed(out, allow_pickle=False, **arrays)
 
 
@@ -94,13 +95,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the checkpoint, or the working folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--seconds", type=float, default=400, help="for booting")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
     if args.what == "reference":
-        make_reference(args.folder, args.out, args.blocks)
+        make_reference(args.folder, args.data, args.out, args.blocks, "cpu" if args.cpu else "cuda")
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     result = compare(ENGINES[args.what](not args.cpu), args.folder.resolve(), args.checkpoint, args.reference, args.seconds)

@@ -86,7 +86,7 @@ def data() -> batches.Data:
     return batches.Data(tokens, {pack: np.ones(4000, bool) for pack in PACKS}, ids, keep)
 
 
-OPTIONS = Options(seconds=1e9, tokens=24 * 8 * CONTEXT, sequences=8, device="cpu", experts="eager", compiled=False)
+OPTIONS = Options(seconds=1e9, tokens=24 * 8 * CONTEXT, sequences=8, device="cpu", experts="eager", attention="eager", compiled=False)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The statistics file: sums over tokens, per layer and expert, that merge by addition."""
