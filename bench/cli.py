@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from softprune.control import ENGINE_KEY_ENV
 from softprune.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def decode(
     api: Annotated[ApiChoice, typer.Option(help="API to measure; auto asks the server what it is.")] = ApiChoice.auto,
     stream: Annotated[bool, typer.Option(help="Without streaming, throughput only, and none of streaming's cost.")] = True,
     key: Annotated[str | None, typer.Option(help="softprune's key on that server, if it is not on this machine.")] = None,
+    engine_key: Annotated[str | None, typer.Option(envvar=ENGINE_KEY_ENV, help="The engine's own API key.")] = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Recorded if nothing else tells which GPU this is.")] = None,
     note: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Recorded as it is; may be repeated.")] = None,
     stall_seconds: Annotated[float, typer.Option(min=0.1, help="Longest silence; without streaming, longest answer.")] = 60.0,
@@ -74,7 +76,7 @@ def decode(
 
         try:
             document = measure(
-                url, workload, batches, repeats, warmup, stream, api=api.value, key=key, gpu=gpu, notes=notes,
+                url, workload, batches, repeats, warmup, stream, api=api.value, key=key, engine_key=engine_key, gpu=gpu, notes=notes,
                 stall_seconds=stall_seconds, progress=show,
             )  # fmt: skip
         except BenchmarkError as error:

@@ -23,7 +23,7 @@ from softprune.bench.prompts import (
     pathless,
     sglang_flags,
 )
-from softprune.control import KEY_HEADER, PREFIX, client_key
+from softprune.control import KEY_HEADER, PREFIX, bearer, client_key
 from softprune.errors import InputError, shortened
 from softprune.server_client import is_loopback
 
@@ -37,6 +37,7 @@ class DecodeClient:
         api: "sglang" (POST /generate), "openai" (POST /v1/completions), or "auto": SGLang's own for SGLang, else OpenAI's.
         stream: False asks for whole answers, which costs servers less and gives throughput only.
         key: softprune's key; else the one that a server on this machine left, never sent elsewhere.
+        engine_key: what the engine itself asks for (its --api-key).
         stall_seconds: longest silence of a connection; without streaming, the longest answer.
 
     Attributes, once entered:
@@ -50,7 +51,7 @@ class DecodeClient:
 
     def __init__(
         self, url: str, workload: Workload, api: Api | Literal["auto"] = "auto", stream: bool = True, *, key: str | None = None,
-        stall_seconds: float = 60.0,
+        engine_key: str | None = None, stall_seconds: float = 60.0,
     ) -> None:  # fmt: skip
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -58,6 +59,7 @@ class DecodeClient:
         self._url, self.workload, self.stream, self._stall = url.rstrip("/"), workload, stream, stall_seconds
         self.loopback = is_loopback(parts.hostname)
         self._key = key or (client_key(parts.port or (443 if parts.scheme == "https" else 80)) if self.loopback else None)
+        self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json", **bearer(engine_key)}
         self._asked_api = api
         self.api: Api = "openai"
         self.engine: dict[str, str | None] = {"name": None, "version": None}
@@ -67,9 +69,8 @@ class DecodeClient:
 
     async def __aenter__(self) -> DecodeClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._stall, sock_read=self._stall)
-        headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=timeout, headers=headers, read_bufsize=1 << 20
+            connector=aiohttp.TCPConnector(limit=0), timeout=timeout, headers=self._headers, read_bufsize=1 << 20
         )
         try:
             await self._look()

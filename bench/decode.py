@@ -48,13 +48,13 @@ class Step:
 
 def measure(
     url: str, workload: Workload, batches: Sequence[int], repeats: int = 3, warmup: int = 1, stream: bool = True, *,
-    api: Api | Literal["auto"] = "auto", key: str | None = None, gpu: str | None = None, notes: Mapping[str, str] | None = None,
-    stall_seconds: float = 60.0, progress: Callable[[Step], None] | None = None,
+    api: Api | Literal["auto"] = "auto", key: str | None = None, engine_key: str | None = None, gpu: str | None = None,
+    notes: Mapping[str, str] | None = None, stall_seconds: float = 60.0, progress: Callable[[Step], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure every batch size; not for callers inside an event loop.
 
     Args:
-        url, workload, stream, api, key, stall_seconds: as for `DecodeClient`.
+        url, workload, stream, api, key, engine_key, stall_seconds: as for `DecodeClient`.
         batches, repeats, warmup: batch sizes in order; measured and unmeasured passes of each.
         gpu: recorded if neither softprune nor a server on this machine tells.
         notes: recorded as they are, paths shortened.
@@ -84,7 +84,7 @@ def measure(
     async def run() -> None:
         total = len(batches) * (warmup + repeats)
         done = 0
-        async with DecodeClient(url, workload, api, stream, key=key, stall_seconds=stall_seconds) as client:
+        async with DecodeClient(url, workload, api, stream, key=key, engine_key=engine_key, stall_seconds=stall_seconds) as client:
             document.update(await _about(client, gpu))
             document.update(settings={**settings, "api": client.api, "stall_seconds": stall_seconds}, results=[], error=None)
             for batch in batches:

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from softprune.errors import MaskError, RefusedError, SoftpruneError
+from softprune.errors import InputError, MaskError, RefusedError, SoftpruneError
 from softprune.mask import ExpertMask
 
 PREFIX = "/softprune/v1"
 KEY_HEADER = "X-Softprune-Key"
 KEY_ENV = "SOFTPRUNE_KEY"
+ENGINE_KEY_ENV = "SOFTPRUNE_ENGINE_KEY"
 BODY = "request body"
 """Stands for the file's name in errors about a mask that came over HTTP."""
 IN_FLIGHT = ("continue", "drain", "retract")
@@ -45,6 +46,19 @@ def server_key(port: int) -> tuple[str, Path | None]:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(key)
     return key, path
+
+
+def bearer(engine_key: str | None) -> dict[str, str]:
+    """The header by which both engines take their own API key; none without one.
+
+    Raises:
+        InputError: no HTTP header can hold it.
+    """
+    if engine_key is None:
+        return {}
+    if not (engine_key.isascii() and engine_key.isprintable()):
+        raise InputError(f"--engine-key or {ENGINE_KEY_ENV}", "", "characters that no HTTP header can hold", "printable ASCII")
+    return {"Authorization": f"Bearer {engine_key}"}
 
 
 def client_key(port: int) -> str | None:

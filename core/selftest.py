@@ -182,7 +182,7 @@ class SelfTest:
         speeds: dict[bool, list[float]] = {False: [], True: []}
 
         async def run() -> None:
-            async with DecodeClient(self.client.url, self.timed, api, key=self.client.key) as server:
+            async with DecodeClient(self.client.url, self.timed, api, key=self.client.key, engine_key=self.client.engine_key) as server:
                 for number, masked in enumerate((False, True, False, True, True, False), start=-1):
                     self.client.switch(mask if masked else None)  # nothing else runs in this loop
                     result = await server.run_batch(self.batch, number)
@@ -197,7 +197,7 @@ class SelfTest:
     def _restore(self, before: ExpertMask | None) -> None:
         what = "no mask" if before is None else f"mask {before.hash[:19]}…"
         # Not as patient as the client that was given: Ctrl-C does not end this.
-        client = ServerClient(self.client.url, self.client.key, timeout=20, switch_timeout=20)
+        client = ServerClient(self.client.url, self.client.key, timeout=20, switch_timeout=20, engine_key=self.client.engine_key)
         for attempt in range(3):
             time.sleep(attempt)
             try:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from softprune import mask as mask_file
+from softprune.control import ENGINE_KEY_ENV
 from softprune.errors import InputError
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerCallError, ServerClient, apply_to_all, wait_until_crossed
@@ -32,6 +33,7 @@ class InFlight(str, Enum):
 
 Urls = Annotated[list[str], typer.Option("--url", help="The server, e.g. http://127.0.0.1:30000; once for each replica.")]
 Key = Annotated[str | None, typer.Option(help="softprune's key; else SOFTPRUNE_KEY, else the one that a server on this machine left.")]
+EngineKey = Annotated[str | None, typer.Option(envvar=ENGINE_KEY_ENV, help="The engine's own API key, if it was started with one.")]
 Going = Annotated[
     InFlight,
     typer.Option(help="Running requests: go on under the new mask, end first, or (where the engine can) start anew."),
@@ -43,9 +45,11 @@ Wait = Annotated[
 
 
 @server_app.command("status")
-def server_status(urls: Urls, key: Key = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def server_status(
+    urls: Urls, key: Key = None, engine_key: EngineKey = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
     """Show what servers serve; exits with 2 if one cannot be asked."""
-    rows = [_status(client) for client in _clients(urls, key)]
+    rows = [_status(client) for client in _clients(urls, key, engine_key)]
     served = [row for row in rows if "error" not in row]
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
@@ -69,23 +73,27 @@ def server_apply(
     file: Annotated[Path, typer.Argument(metavar="MASK", help="Expert mask file.")],
     urls: Urls,
     key: Key = None,
+    engine_key: EngineKey = None,
     in_flight: Going = InFlight.continue_,
     wait: Wait = None,
 ) -> None:
     """Put a mask in force, on every replica or on none."""
-    _switch(mask_file.load(file), urls, key, in_flight, wait)
+    _switch(mask_file.load(file), _clients(urls, key, engine_key), in_flight, wait)
 
 
 @server_app.command("clear")
-def server_clear(urls: Urls, key: Key = None, in_flight: Going = InFlight.continue_, wait: Wait = None) -> None:
+def server_clear(
+    urls: Urls, key: Key = None, engine_key: EngineKey = None, in_flight: Going = InFlight.continue_, wait: Wait = None
+) -> None:
     """Back to the unpruned router, on every replica or on none."""
-    _switch(None, urls, key, in_flight, wait)
+    _switch(None, _clients(urls, key, engine_key), in_flight, wait)
 
 
 def selftest(
     url: Annotated[str, typer.Option(help="The server, e.g. http://127.0.0.1:30000.")],
     mask: Annotated[Path | None, typer.Option(metavar="FILE", help="Mask to test with; else half of each layer, at random.")] = None,
     key: Key = None,
+    engine_key: EngineKey = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests at once, for the speed.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Length of their answers.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the prompts and of the random mask.")] = 0,
@@ -102,7 +110,7 @@ def selftest(
     except ValueError:
         raise typer.BadParameter(f"found {token_ids!r}; expected e.g. 100-999", param_hint="--token-ids") from None
     given = None if mask is None else mask_file.load(mask)
-    test = SelfTest(ServerClient(url, key), given, batch, tokens, seed, (first, last + 1))
+    test = SelfTest(ServerClient(url, key, engine_key=engine_key), given, batch, tokens, seed, (first, last + 1))
     verdict = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "-"}
 
     def show(check: Check) -> None:
@@ -112,15 +120,14 @@ def selftest(
         raise typer.Exit(1)
 
 
-def _clients(urls: Sequence[str], key: str | None) -> list[ServerClient]:
-    clients = [ServerClient(url, key) for url in urls]
+def _clients(urls: Sequence[str], key: str | None, engine_key: str | None) -> list[ServerClient]:
+    clients = [ServerClient(url, key, engine_key=engine_key) for url in urls]
     if len({client.url for client in clients}) < len(clients):
         raise InputError("--url", "", "the same server twice", "each replica once")
     return clients
 
 
-def _switch(mask: ExpertMask | None, urls: Sequence[str], key: str | None, in_flight: InFlight, wait: float | None) -> None:
-    clients = _clients(urls, key)
+def _switch(mask: ExpertMask | None, clients: Sequence[ServerClient], in_flight: InFlight, wait: float | None) -> None:
     for client, answer in zip(clients, apply_to_all(clients, mask, in_flight.value), strict=True):
         kept = "all experts" if mask is None else mask.summary
         console.print(f"{client.url}: epoch {answer['epoch']}, {answer['ms']:.1f} ms, {kept}", soft_wrap=True, markup=False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from softprune.control import IN_FLIGHT, KEY_ENV, KEY_HEADER, PREFIX, client_key
+from softprune.control import IN_FLIGHT, KEY_ENV, KEY_HEADER, PREFIX, bearer, client_key
 from softprune.errors import InputError, MaskError, SoftpruneError, shortened
 from softprune.mask import ExpertMask
 
@@ -67,12 +67,15 @@ class ServerClient:
             to a loopback address only. Redirects and proxies are never followed, so the key goes nowhere else.
         timeout: seconds that a question may take.
         switch_timeout: seconds that a switch may take; with in_flight=drain, running requests end first.
+        engine_key: what the engine itself asks for (its --api-key); sent with every call.
 
     Raises:
         InputError: no such URL, or a key that cannot be sent.
     """
 
-    def __init__(self, url: str, key: str | None = None, timeout: float = 60.0, switch_timeout: float = 600.0) -> None:
+    def __init__(
+        self, url: str, key: str | None = None, timeout: float = 60.0, switch_timeout: float = 600.0, engine_key: str | None = None
+    ) -> None:
         try:
             parts = urlsplit(url)
             port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -84,6 +87,7 @@ class ServerClient:
         self.key = key or known_key(parts.hostname, port)
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
             raise InputError(f"--key or {KEY_ENV}", "", "characters that no HTTP header can hold", "printable ASCII")
+        self.engine_key, self._headers = engine_key, {"Content-Type": "application/json", **bearer(engine_key)}
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
 
     def status(self) -> dict[str, Any]:
@@ -147,7 +151,7 @@ class ServerClient:
         return answer
 
     def _call(self, method: str, path: str, body: bytes | None, headers: dict[str, str], timeout: float) -> Any:
-        call = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": "application/json", **headers}, method=method)
+        call = urllib.request.Request(self.url + path, data=body, headers={**self._headers, **headers}, method=method)
         try:
             try:
                 with self._opener.open(call, timeout=timeout) as response:

@@ -131,6 +131,19 @@ class FakeEngine:
         return [-float(value) for value in total]
 
 
+class EngineKey:
+    """An engine's own guard before all of its routes, as SGLang's with --api-key."""
+
+    def __init__(self, app: Any, key: str) -> None:
+        self.app, self.wanted = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if dict(scope["headers"]).get(b"authorization") == self.wanted:
+            await self.app(scope, receive, send)
+        else:
+            await _answer(send, 401, b'{"error": "Unauthorized"}')
+
+
 class FakeControl(ControlApi):
     """The control API of a `FakeEngine`.
 
@@ -190,14 +203,15 @@ class FakeControl(ControlApi):
 
 
 class ServedFake:
-    """A `FakeControl` on a port of its own; a context manager."""
+    """A `FakeControl` on a port of its own, behind an engine's key if one is given; a context manager."""
 
-    def __init__(self, api: FakeControl | None = None) -> None:
+    def __init__(self, api: FakeControl | None = None, engine_key: str | None = None) -> None:
         self.api = api or FakeControl(FakeEngine())
+        self.app = EngineKey(self.api, engine_key) if engine_key else self.api
         self.engine = self.api.engine
 
     def __enter__(self) -> ServedFake:
-        self._server = uvicorn.Server(uvicorn.Config(self.api, port=0, lifespan="off", log_level="error", timeout_graceful_shutdown=1))
+        self._server = uvicorn.Server(uvicorn.Config(self.app, port=0, lifespan="off", log_level="error", timeout_graceful_shutdown=1))
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         while not self._server.started:

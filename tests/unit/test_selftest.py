@@ -51,6 +51,13 @@ def checks_of(server: ServedFake) -> dict[str, Check]:
     return {check.name: check for check in test.checks}
 
 
+def test_the_engines_own_key_goes_with_every_call() -> None:
+    with ServedFake(engine_key="sk-engine") as server:
+        assert cli(server)[0] == 2
+        code, lines = cli(server, "--engine-key", "sk-engine")
+        assert code == 0, lines
+
+
 @pytest.mark.parametrize("name", ["vLLM 0.32.0", "SGLang 0.5.17"])
 @pytest.mark.parametrize("probe", [True, False])
 def test_a_server_that_obeys_passes(start: Any, name: str, probe: bool) -> None:

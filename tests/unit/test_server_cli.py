@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from softprune.bench.server import free_port
 from softprune.cli import app
-from softprune.control import KEY_ENV, KEY_HEADER, ControlError, key_file
+from softprune.control import ENGINE_KEY_ENV, KEY_ENV, KEY_HEADER, ControlError, key_file
 from softprune.errors import InputError
 from softprune.mask import ExpertMask
 from softprune.server_client import ReplicasError, ServerCallError, ServerClient, apply_to_all, is_loopback, wait_until_crossed
@@ -31,6 +31,7 @@ Start = Callable[..., ServedFake]
 def no_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Neither a key of the machine's, nor one in the environment."""
     monkeypatch.delenv(KEY_ENV, raising=False)
+    monkeypatch.delenv(ENGINE_KEY_ENV, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
@@ -421,3 +422,17 @@ def test_cli_status_shows_those_that_answer(start: Start) -> None:
 def test_a_model_is_the_same_in_every_replica() -> None:
     """What the tests above stand on."""
     assert make_model().fingerprint == make_model().fingerprint != make_model(seed=1).fingerprint
+
+
+def test_the_engines_own_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with ServedFake(engine_key="sk-engine") as server:
+        status = ("status", "--url", server.url, "--key", "right")
+        assert cli(*status)[0] == 2
+        assert cli(*status, "--engine-key", "wrong")[0] == 2
+        assert cli(*status, "--engine-key", "sk-engine")[0] == 0
+        monkeypatch.setenv(ENGINE_KEY_ENV, "sk-engine")
+        assert cli("apply", saved(FIRST, tmp_path / "first.json"), "--url", server.url, "--key", "right")[0] == 0
+        assert server.api.in_force == FIRST
+        assert cli("clear", "--url", server.url, "--key", "right")[0] == 0
+    with pytest.raises(InputError, match="--engine-key"):
+        ServerClient("http://127.0.0.1:1", engine_key="a\nb")
