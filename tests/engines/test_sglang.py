@@ -292,7 +292,10 @@ def test_offline_engine(work: Path, files: dict[str, str]) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("tests", "env"),
-    [("test_flags.py test_router.py", {"SOFTPRUNE_TEST_CPU_ATTENTION": "1"}), ("test_topk_kernel.py", {"TRITON_INTERPRET": "1"})],
+    [
+        ("test_flags.py test_router.py", {"SOFTPRUNE_TEST_CPU_ATTENTION": "1"}),
+        ("test_topk_kernel.py test_router_stats_kernel.py", {"TRITON_INTERPRET": "1"}),
+    ],
 )
 def test_inside_sglang(tests: str, env: dict[str, str]) -> None:
     """Tests in SGLang's own process: its parser, its router, its kernel in Triton's interpreter."""

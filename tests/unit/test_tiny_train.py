@@ -144,3 +144,14 @@ def test_a_broken_run_goes_on(trained: Run, data: batches.Data, tmp_path: Path, 
     assert [point["step"] for point in second.curve] == [8, 16, 24]
     for name, weight in trained.masters.weights.items():
         assert torch.allclose(weight, second.masters.weights[name], atol=1e-5), name
+
+
+def test_an_expert_that_is_never_chosen_comes_back(data: batches.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "BIAS_STEP", 0.3)
+    run = Run(data, tmp_path / "out", OPTIONS)
+    name = "model.layers.1.mlp.router.bias"
+    run.masters.weights[name][3] = -4
+    assert run.heldout(mxfp4=False)["smallest_share"] == 0
+    run.train()
+    assert run.masters.weights[name][3] > -2
+    assert run.heldout(mxfp4=True)["smallest_share"] > 0.01
