@@ -215,7 +215,7 @@ class Run:
     def _keep(self) -> None:
         found = self.heldout(self.progress >= MXFP4_FROM)
         last = self.curve[-1]
-        last["heldout"] = found["perplexity"]
+        last.update(heldout=found["perplexity"], smallest_share=found["smallest_share"])
         shown = ", ".join(f"{pack} {value:.2f}" for pack, value in found["perplexity"].items())
         logger.info(
             f"{self.seconds:.0f} s, step {self.steps}, {self.tokens / 1e6:.1f} M tokens, loss {last['train_loss']:.3f}, "

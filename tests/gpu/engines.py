@@ -35,6 +35,7 @@ class Row:
         graphs: run with CUDA graphs, as users do.
         command: which of the engine's commands starts it.
         batched: also send the first prompts in batches of 32.
+        collect: how the test plugin is to collect router statistics; "" for not at all.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Row:
     graphs: bool = False
     command: int = 0
     batched: bool = False
+    collect: str = ""
 
 
 class Engine(ABC):
@@ -86,6 +88,8 @@ class Engine(ABC):
             "DO_NOT_TRACK": "1", "SOFTPRUNE_TEST_PROVEN": self.trial,
         }  # fmt: skip
         command = [*self.commands[row.command % len(self.commands)], *args]
+        if row.collect:
+            shared["SOFTPRUNE_TEST_COLLECT"] = row.collect
         return Server(command, port, work / f"{row.name}.log", "proof", {**shared, **self.env(row), **(env or {})})
 
     @abstractmethod

@@ -23,8 +23,8 @@ from softprune.bench.headline import record
 RESULTS = Path(__file__).parent.parent.parent / "bench" / "results"
 BATCHES = (1, 8, 32, 64)
 UNPATCHED = ("plain 1", "plain 2")
-RATIOS = {"mask.keep_all_over_unpatched": "all", "mask.keep24_over_unmasked": "keep24", "top_k.2_over_4": "top2"}
-"""Headline name -> the server whose speed is divided by the unpatched ones'."""
+RATIOS = {"all": "mask.keep_all_over_unpatched", "keep24": "mask.keep24_over_unmasked", "top2": "top_k.2_over_4"}
+"""Server whose speed is divided by the unpatched ones' -> name of the headline. Others are in the raw file only."""
 DISTURBED, ENOUGH = 0.9, 3
 
 
@@ -42,19 +42,22 @@ def undisturbed(values: list[float]) -> list[float]:
 
 def table(decode: dict[str, Any]) -> dict[str, Any]:
     """Per batch size: every server's passes and median, and the ratios that can be told."""
+    rows = sorted({name.rpartition(" round ")[0] for name in decode if " round " in name})
     result: dict[str, Any] = {}
     for batch in BATCHES:
-        rows = {row: passes(decode, row, batch) for row in (*UNPATCHED, *RATIOS.values())}
-        kept = {row: undisturbed(values) for row, values in rows.items()}
-        unpatched = [value for row in UNPATCHED for value in kept[row]]
-        speeds = {row: {"median": statistics.median(kept[row]), "kept": len(kept[row]), "passes": rows[row]} for row in rows}
+        found = {row: passes(decode, row, batch) for row in rows}
+        kept = {row: undisturbed(values) for row, values in found.items()}
+        unpatched = [value for row in UNPATCHED for value in kept.get(row, [])]
+        speeds = {row: {"median": statistics.median(kept[row]), "kept": len(kept[row]), "passes": found[row]} for row in rows}
         ratios = {
-            name: round(speeds[row]["median"] / statistics.median(unpatched), 4)
-            for name, row in RATIOS.items()
-            if min(len(kept[row]), len(unpatched)) >= ENOUGH
+            RATIOS.get(row, f"{row} / unpatched"): round(speeds[row]["median"] / statistics.median(unpatched), 4)
+            for row in rows
+            if row not in UNPATCHED and min(len(kept[row]), len(unpatched)) >= ENOUGH
         }
-        boots = [speeds[row]["median"] for row in UNPATCHED]
-        result[f"bs{batch}"] = {"tok_s": speeds, "ratios": ratios, "unpatched_boot_2_over_boot_1": round(boots[1] / boots[0], 4)}
+        result[f"bs{batch}"] = {"tok_s": speeds, "ratios": ratios}
+        if all(row in rows for row in UNPATCHED):
+            boots = [speeds[row]["median"] for row in UNPATCHED]
+            result[f"bs{batch}"]["unpatched_boot_2_over_boot_1"] = round(boots[1] / boots[0], 4)
     return result
 
 
@@ -70,10 +73,14 @@ def main(engine: str, source: Path) -> None:
             for repeat in result["repeats"]:
                 repeat.pop("streams", None)  # one record for each request; the figures are made of these
     document["speed"] = table(document["decode"])
-    raw = RESULTS / (f"{engine}_gpu.json" if document["routes"] else f"{engine}_speed_gpu.json")
+    collecting = any(name.startswith("collect ") for name in document["decode"])
+    kind = "" if document["routes"] else "_collect" if collecting else "_speed"
+    raw = RESULTS / f"{engine}{kind}_gpu.json"
     raw.write_text(json.dumps(document, indent=1) + "\n")
     for batch, row in document["speed"].items():
         for name, value in row["ratios"].items():
+            if name not in RATIOS.values():
+                continue
             record(RESULTS / "headline.json", f"{engine}.{name}.{batch}", value, "ratio", raw.name)
     print(json.dumps(document["speed"], indent=1))
 

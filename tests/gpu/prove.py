@@ -47,7 +47,7 @@ class Proof:
         self.need = 100 if engine.on_gpu else 40
         self.shape = ("gpt-oss-20b", "mxfp4") if engine.on_gpu else ("tiny", "bf16")
 
-    def prepare(self, speed_only: bool) -> None:
+    def prepare(self, speed_only: str | None) -> None:
         """Checkpoints and masks."""
         base = self.work / "base"
         if not base.exists():
@@ -97,11 +97,11 @@ class Proof:
         done = {path.stem for path in self.results.glob("*.json")}
         return [row for row in (*first, *rest) if row.name not in done]
 
-    def run(self, speed_only: bool) -> None:
+    def run(self, speed_only: str | None) -> None:
         """All that time allows."""
         if not speed_only:
             self._serve(self.rows())
-        self._speed()
+        self._speed(self.masked_rows() if speed_only != "collect" else self.collecting_rows())
 
     def _left(self) -> float:
         return self.deadline - time.monotonic()
@@ -153,15 +153,26 @@ class Proof:
         part.write_text(json.dumps(result))
         part.rename(self.results / f"{name}.json")
 
-    def _speed(self) -> None:
-        """Decode speed in turns: every server once, then again, so that what drifts hits all alike."""
-        graphs = [
+    def masked_rows(self) -> list[Row]:
+        """What a mask and a smaller top_k gain."""
+        return [
             Row("plain 1", patched=False, graphs=True),
             Row("all", mask="all", graphs=True),
             Row("plain 2", patched=False, graphs=True, command=1),
             Row("keep24", mask="keep24", graphs=True, command=1),
             Row("top2", args=("--expert-top-k", "2"), graphs=True),
         ]
+
+    def collecting_rows(self) -> list[Row]:
+        """What collecting router statistics would cost, by how the logits get into one place (issue 6)."""
+        ways = ("copy", "copy+sums", "slab", "slab+sums") if self.engine.name == "sglang" else ("copy", "copy+sums")
+        return [
+            Row("plain 1", patched=False, graphs=True),
+            *(Row(f"collect {way}", graphs=True, collect=way) for way in ways),
+        ]  # fmt: skip
+
+    def _speed(self, graphs: list[Row]) -> None:
+        """Decode speed in turns: every server once, then again, so that what drifts hits all alike."""
         batches, new = ([1, 8, 32, 64], 512) if self.engine.on_gpu else ([1, 4], 16)
         todo = [(row, n) for n in range(1, ROUNDS + 1) for row in graphs if not (self.results / f"{row.name} round {n}.json").exists()]
         if not todo or self._left() < (200 if self.engine.on_gpu else 60):
@@ -186,7 +197,7 @@ class Proof:
             for row, n in todo:
                 if row.name in up and self._left() > (45 if self.engine.on_gpu else 5):
                     self._measure(row, up[row.name], n, batches, new, warm)
-            for row in () if self.engine.streams else (graphs[0], graphs[3]):
+            for row in () if self.engine.streams else (graphs[0], graphs[-2]):
                 streamed = self.results / f"{row.name} streamed.json"
                 if row.name in up and not streamed.exists() and self._left() > 45:
                     self._measure(row, up[row.name], 0, batches, new, warm)
@@ -276,7 +287,7 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--parallel", type=int, default=5, help="servers side by side; each takes about 22 GB")
-    parser.add_argument("--speed-only", action="store_true", help="measure decoding again and check nothing else")
+    parser.add_argument("--speed-only", choices=["mask", "collect"], help="measure decoding and check nothing else")
     args = parser.parse_args()
     began = time.monotonic()
     proof = Proof(ENGINES[args.engine](not args.cpu), args.work.resolve(), args.parallel, began + args.seconds)

@@ -10,6 +10,7 @@ SOFTPRUNE_TEST_PROVEN=A,B          treat these MoE backends as proven, to find o
 SOFTPRUNE_TEST_LIE=1               scheduler processes say that they serve another mask
 SOFTPRUNE_TEST_VANISH=file         delete this file once the front end has read it
 SOFTPRUNE_TEST_ONE_CACHE=1         all masks share one prefix cache (a mutation that tests must notice)
+SOFTPRUNE_TEST_COLLECT=how          the routers' logits land in a slab: "copy" or "slab"; with "+sums" they are added up (see `_collect`)
 SOFTPRUNE_TEST_REFUSE=n:hash       rank n refuses to switch to the mask with this hash
 """
 
@@ -45,6 +46,8 @@ def register():
         _lie()
     if ENV.get("SOFTPRUNE_TEST_ONE_CACHE"):
         _one_cache()
+    if ENV.get("SOFTPRUNE_TEST_COLLECT"):
+        _collect(ENV["SOFTPRUNE_TEST_COLLECT"])
     if ENV.get("SOFTPRUNE_TEST_REFUSE"):
         _refuse(*ENV["SOFTPRUNE_TEST_REFUSE"].split(":", 1))
     if ROLE == "child" and os.path.exists(ENV.get("SOFTPRUNE_TEST_VANISH", "")):
@@ -142,3 +145,66 @@ def _refuse(rank, refused):
         return vote
 
     MaskedModel.stage = refusing
+
+
+COLLECTED = []
+"""This process's RouterStats, for tests."""
+
+
+def _collect(how):
+    """What would it cost to collect router statistics? One row of the slab holds a token's logits in one layer.
+
+    copy    every router's output is copied into the slab
+    slab    the small-batch router kernel writes into the slab in the first place
+    +sums   the slab is added up once the model has run; as the model's last kernel, so that graphs hold it
+    """
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    load_model = ModelRunner.load_model
+
+    def load(self, *args, **kwargs):
+        result = load_model(self, *args, **kwargs)
+        where, _, sums = how.partition("+")
+        _attach_collector(self.model, where, bool(sums))
+        return result
+
+    ModelRunner.load_model = load
+
+
+def _attach_collector(model, where, sums):
+    from softprune.runtime.router_stats import RouterStats
+
+    blocks = [layer.mlp for layer in model.model.layers]
+    weight = blocks[0].router.weight
+    stats = RouterStats(len(blocks), weight.shape[0], blocks[0].top_k, 8, 16384, weight.device, weight.dtype)
+    stats.cells.fill_(1)
+    stats.num_rows.fill_(16384)
+    COLLECTED.append(stats)
+    for slab, block in zip(stats.slab, blocks, strict=True):
+        if where == "slab":
+            block.router.forward = _into_slab(block.router, slab)
+        else:
+            block.router.register_forward_hook(lambda module, args, output, slab=slab: _copied(slab, output))
+    if sums:
+        model.model.register_forward_hook(lambda module, args, output: stats.add(output.shape[0]))
+
+
+def _copied(slab, output):
+    slab[: output[0].shape[0]].copy_(output[0])
+
+
+def _into_slab(router, slab):
+    from sglang.srt.models import gpt_oss
+
+    forward = router.forward
+
+    def into(x):
+        if not (router._use_tinygemm and x.is_cuda and x.shape[0] <= 128):
+            output = forward(x)
+            _copied(slab, output)
+            return output
+        rows = slab[: x.shape[0]]
+        gpt_oss.tinygemm_bf16(x, router.weight, rows, router.bias, use_pdl=gpt_oss.is_arch_support_pdl())
+        return rows, None
+
+    return into

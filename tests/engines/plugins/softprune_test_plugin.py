@@ -11,6 +11,7 @@ SOFTPRUNE_TEST_LIE=1               workers say that they serve another mask
 SOFTPRUNE_TEST_ONE_CACHE=file      while it exists, KV is cached without the mask in its name, and requests that cross a switch cache on
 SOFTPRUNE_TEST_PAUSE=seconds       between two steps, so that a test can act in the middle of an answer on a machine with few cores
 SOFTPRUNE_TEST_RANK_1=file         tensor parallel rank 1 refuses a live mask while this file says "refuse", and dies while it says "die"
+SOFTPRUNE_TEST_COLLECT=how          the routers' logits are copied into a slab ("copy"), and with "copy+sums" added up after each step
 SOFTPRUNE_TEST_VANISH=file         delete this file once the front end has read it
 """
 
@@ -49,6 +50,8 @@ def register():
         _pause(float(ENV["SOFTPRUNE_TEST_PAUSE"]))
     if ENV.get("SOFTPRUNE_TEST_RANK_1"):
         _rank_1(ENV["SOFTPRUNE_TEST_RANK_1"])
+    if ENV.get("SOFTPRUNE_TEST_COLLECT"):
+        _collect(ENV["SOFTPRUNE_TEST_COLLECT"])
     if ENV.get("SOFTPRUNE_TEST_PROVEN"):
         _proven(ENV["SOFTPRUNE_TEST_PROVEN"].split(","))
     if ROLE == "child" and os.path.exists(ENV.get("SOFTPRUNE_TEST_VANISH", "")):
@@ -161,3 +164,43 @@ def _skip_layer(layer):
 
     router_mask.RouterMask.apply = apply
     router_mask.RouterMask.verify = lambda self, hidden, dtype: None
+
+
+COLLECTED = []
+"""This process's RouterStats, for tests."""
+
+
+def _collect(how):
+    """What would it cost to collect router statistics? Copies are made in the op that torch.compile cannot look into, sums after a step."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+    apply, forward, layers = MoERunner._apply_quant_method, GPUModelRunner._model_forward, {}
+
+    def copying(self, hidden_states, router_logits, *args, **kwargs):
+        layer = layers.setdefault(id(self), len(layers))
+        COLLECTED[0].slab[layer, : router_logits.shape[0]].copy_(router_logits)
+        return apply(self, hidden_states, router_logits, *args, **kwargs)
+
+    def adding(self, input_ids=None, *args, **kwargs):
+        output = forward(self, input_ids, *args, **kwargs)
+        if how.endswith("+sums"):
+            COLLECTED[0].add(input_ids.shape[0])
+        return output
+
+    load_model = Worker.load_model
+
+    def load(self, *args, **kwargs):
+        from softprune.runtime.router_stats import RouterStats
+
+        result = load_model(self, *args, **kwargs)
+        config, weight = self.model_config.hf_config, self.model_runner.model.model.layers[0].mlp.router.weight
+        shape = config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok
+        stats = RouterStats(*shape, 8, 16384, weight.device, weight.dtype)
+        stats.cells.fill_(1)
+        stats.num_rows.fill_(16384)
+        COLLECTED.append(stats)
+        return result
+
+    MoERunner._apply_quant_method, GPUModelRunner._model_forward, Worker.load_model = copying, adding, load
