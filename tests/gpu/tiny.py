@@ -80,11 +80,12 @@ def compare(engine: Engine, work: Path, checkpoint: Path, reference: Path, secon
 def figures(found: NDArray[np.float64], expected: NDArray[np.float32], keep: NDArray[np.bool_]) -> dict[str, Any]:
     """Of log-probabilities [blocks, tokens] of all tokens, and of the perplexity of those in `keep`."""
     gaps = np.abs(found - expected)
-    perplexities = [math.exp(-scores[keep].mean()) for scores in (found, expected.astype(np.float64))]
+    perplexities = [math.exp(-float(scores[keep].mean())) for scores in (found, expected.astype(np.float64))]
     relative = perplexities[0] / perplexities[1] - 1
     return {
-        "tokens": found.size, "completion_tokens": int(keep.sum()), "mean_difference": gaps.mean(), "largest_difference": gaps.max(),
-        "perplexity": perplexities[0], "reference_perplexity": perplexities[1], "relative": relative,
+        "tokens": found.size, "completion_tokens": int(keep.sum()),
+        "mean_difference": float(gaps.mean()), "largest_difference": float(gaps.max()),
+        "perplexity": perplexities[0], "reference_perplexity": perplexities[1], "relative": float(relative),
         "passed": bool(gaps.mean() <= MEAN_DIFFERENCE and abs(relative) <= RELATIVE_PERPLEXITY),
     }  # fmt: skip
 
