@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from softprune import __version__
@@ -27,6 +28,7 @@ from softprune.mask_forms import SECTIONS, build, convert
 from softprune.report.keep_map import keep_map
 from softprune.report.progress import tensor_progress
 from softprune.server_cli import selftest, server_app
+from softprune.stats.cli import stats_app
 
 
 class _Group(typer.core.TyperGroup):
@@ -36,7 +38,7 @@ class _Group(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except SoftpruneError as error:
-            Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
             ctx.exit(2)
 
 
@@ -50,6 +52,7 @@ app.add_typer(mask_app, name="mask")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(bench_app, name="bench")
 app.add_typer(server_app, name="server")
+app.add_typer(stats_app, name="stats")
 app.command("selftest")(selftest)
 console = Console(highlight=False)
 
@@ -125,7 +128,7 @@ def mask_check(
     mask.check_model(spec, str(file))
     warning = mask.check_fingerprint(fingerprint, str(file), force)
     if warning:
-        console.print(f"[yellow]warning:[/] {warning}")
+        console.print(f"[yellow]warning:[/] {escape(str(warning))}")
     console.print(f"{file}: fits {model}; {_kept(mask)}")
 
 

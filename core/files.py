@@ -10,6 +10,25 @@ from pathlib import Path
 
 
 @contextmanager
+def replaced_after(path: Path) -> Iterator[Path]:
+    """Hand out a temporary file beside `path`, and put it in its place once the block has ended well; else the old file stays.
+
+    Args:
+        path: in a folder that exists.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        os.close(handle)
+        yield Path(temporary)
+        # mkstemp makes files that only their owner can read, and so do libraries that write beside it and rename.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@contextmanager
 def written_after(path: Path, text: str) -> Iterator[None]:
     """Write a text file beside `path` first, and put it in its place once the block has ended well.
 
@@ -19,17 +38,9 @@ def written_after(path: Path, text: str) -> Iterator[None]:
         path: in a folder that exists.
         text: what it is to hold.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes files that only their owner can read.
-        os.chmod(temporary, 0o644)
+    with replaced_after(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
         yield
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def write_whole(path: Path, text: str) -> None:

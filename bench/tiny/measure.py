@@ -28,7 +28,7 @@ from softprune.bench.tiny.baseline import perplexity_on
 from softprune.bench.tiny.measure_bars import CALL_PROMPTS, SAMPLES, bars, table
 from softprune.bench.tiny.measure_curve import plot_curve, read_curve
 from softprune.bench.tiny.measure_packs import heldout_blocks, load_tokenizer, pack_files
-from softprune.bench.tiny.measure_routing import Selections, js_divergence, random_mask, recorded, routers
+from softprune.bench.tiny.measure_routing import Selections, random_mask, recorded, routers
 from softprune.bench.tiny.measure_samples import Prompt, cut_prompt, generate, judge_calls
 from softprune.checkpoint.families import ModelSpec, read_config, spec_of
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
@@ -38,6 +38,7 @@ from softprune.evaluate.packing import UNION, Blocks, read_rows
 from softprune.evaluate.reference import load_reference, perplexity, score
 from softprune.files import write_whole
 from softprune.runtime.router_mask import RouterMask
+from softprune.stats.figures import js_divergence
 
 FORMAT, VERSION = "softprune.tiny-measure", 1
 NUM_KEPT, SEEDS = 16, range(5)

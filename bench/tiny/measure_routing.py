@@ -75,18 +75,6 @@ def recorded(model: Any) -> Iterator[Selections]:
             handle.remove()
 
 
-def js_divergence(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-    """Jensen-Shannon divergence in nats along the last axis of two arrays of counts; between 0 and ln 2 (spec/metrics.md 2)."""
-    p, q = (counts / counts.sum(-1, keepdims=True) for counts in (a, b))
-    middle = (p + q) / 2
-
-    def kl(x: NDArray[Any]) -> NDArray[np.float64]:
-        ratio = np.where(x > 0, x, 1) / np.where(x > 0, middle, 1)
-        return np.asarray((x * np.log(ratio)).sum(-1), np.float64)
-
-    return (kl(p) + kl(q)) / 2
-
-
 def random_mask(spec: ModelSpec, num_kept: int, seed: int) -> ExpertMask:
     """A mask that keeps `num_kept` experts of each layer, drawn anew for each."""
     rng = random.Random(f"softprune.tiny/{seed}")

@@ -118,3 +118,11 @@ def test_checkpoint_commands(tmp_path: Path) -> None:
     assert run("checkpoint", "synth", "tiny", "--layers", "a", "-o", tmp_path / "c")[0] == 2
     assert run("checkpoint", "synth", "tiny", "-o", tmp_path / "b")[0] == 2
     assert run("checkpoint", "info", tmp_path / "missing")[0] == 2
+
+
+def test_errors_show_names_as_they_are(tmp_path: Path) -> None:
+    """Rich takes words in brackets for styles, and a lone closing one for a mistake."""
+    for name in ("ma[bold]sk.json", "[/x].json"):
+        code, output = run("mask", "show", tmp_path / name)
+        assert code == 2
+        assert name in output.replace("\n", "")

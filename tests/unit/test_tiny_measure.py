@@ -16,7 +16,7 @@ from softprune.bench.tiny import PACKS, baseline, baseline_kenlm, baseline_ngram
 from softprune.bench.tiny.measure_bars import Bar, bars
 from softprune.bench.tiny.measure_curve import plot_curve, read_curve
 from softprune.bench.tiny.measure_packs import block_hashes
-from softprune.bench.tiny.measure_routing import Selections, js_divergence, random_mask, recorded, router_modules, routers
+from softprune.bench.tiny.measure_routing import Selections, random_mask, recorded, router_modules, routers
 from softprune.bench.tiny.measure_samples import Prompt, cut_prompt, declared_functions, first_call, generate, judge_calls
 from softprune.checkpoint import synth
 from softprune.checkpoint.families import ModelSpec
@@ -25,6 +25,7 @@ from softprune.evaluate.harmony import HarmonyError
 from softprune.evaluate.packing import Blocks
 from softprune.evaluate.reference import load_reference, score
 from softprune.runtime.router_mask import RouterMask
+from softprune.stats.figures import js_divergence
 
 SYSTEM = "<|start|>system<|message|>Small.<|end|>"
 TOOLS = "namespace functions {\n// Adds.\ntype add = (_: {a: number}) => any;\ntype now = () => any;\n}"
