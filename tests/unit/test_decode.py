@@ -36,11 +36,11 @@ def server() -> Iterator[FakeServer]:
 
 
 def passes(url: str, work: Workload, api: Api, stream: bool, batch: int, good: Callable[[Repeat], bool]) -> Repeat:
-    """The first pass that is good, of at most ten: a busy machine spoils some of them, a wrong client all."""
+    """The first pass that is good, of at most thirty: a busy machine spoils some of them, a wrong client all."""
 
     async def run() -> Repeat:
         async with DecodeClient(url, work, api, stream) as client:
-            for repeat in range(1, 11):
+            for repeat in range(1, 31):
                 result = await client.run_batch(batch, repeat)
                 if good(result):
                     break

@@ -170,6 +170,15 @@ def test_a_mask_that_cannot_be_put_back_is_said_loudly(start: Any, monkeypatch: 
     assert "refused" in checks["put back"].detail
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler: a process that was started in the background ignores Ctrl-C, and its tests inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("after", [1, 2, 5, 8])
 def test_interrupted_it_puts_the_old_mask_back(start: Any, signal_number: int, after: int) -> None:
