@@ -77,11 +77,10 @@ def collect(training: Path, packs: Path, tokenizer_dir: Path) -> Data:
     Raises:
         InputError: a pack's training tokens are missing.
     """
-    from transformers import AutoTokenizer
-
+    from softprune.bench.tiny.measure_packs import load_tokenizer, pack_files
     from softprune.evaluate.packing import pack_rows, read_rows
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer, files = load_tokenizer(tokenizer_dir), pack_files(packs)
     start, *ends = tokenizer.convert_tokens_to_ids(["<|start|>", "<|end|>", "<|call|>", "<|return|>"])
     role = tokenizer("assistant", add_special_tokens=False).input_ids
     data = Data({}, {}, {}, {})
@@ -91,8 +90,7 @@ def collect(training: Path, packs: Path, tokenizer_dir: Path) -> Data:
                 raise InputError(str(training), pack, f"arrays {', '.join(arrays)}", "the pack's tokens")
             data.tokens[pack] = arrays[pack]
             data.spoken[pack] = spoken_tokens(arrays[pack], start, ends, role)
-            path = packs / f"{pack}.parquet"
-            blocks = pack_rows(read_rows(path), tokenizer, CONTEXT, None, str(path))
+            blocks = pack_rows(read_rows(files[pack]), tokenizer, CONTEXT, None, str(files[pack]))
             data.heldout_ids[pack] = blocks.ids.astype(np.uint16)
             data.heldout_keep[pack] = blocks.keep
     return data

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from softprune.checkpoint.harmony import EOS_TOKENS
 from softprune.checkpoint.mxfp4 import quantize
 from softprune.checkpoint.presets import MXFP4_CONFIG, gpt_oss
 from softprune.checkpoint.writer import PlannedTensor, write_checkpoint
@@ -51,7 +52,7 @@ def write(masters: dict[str, torch.Tensor], out: Path, storage: str) -> None:
     if storage == "mxfp4":
         described["quantization_config"] = dict(MXFP4_CONFIG)
     ids = special_ids()
-    eos = [ids[token] for token in ("<|return|>", "<|endoftext|>", "<|call|>")]
+    eos = [ids[token] for token in EOS_TOKENS]
     generation = {"bos_token_id": ids["<|startoftext|>"], "eos_token_id": eos, "do_sample": False}
     tokenizer = {path.name: path for path in sorted((HERE / "tokenizer").iterdir())}
     planned = [tensor for name, weight in masters.items() for tensor in _stored(name, weight, storage)]

@@ -48,6 +48,19 @@ class TokenizerFiles:
     ids: dict[str, int]
 
 
+def tokenizer_config(chat_template: str) -> dict[str, Any]:
+    """tokenizer_config.json of a tokenizer with these special tokens."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|startoftext|>",
+        "eos_token": EOS_TOKENS[0],
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 131072,
+        "chat_template": chat_template,
+    }
+
+
 @functools.cache
 def tokenizer_files(vocab_size: int = 512) -> TokenizerFiles:
     """Train the tokenizer; the same text and version give the same files.
@@ -67,13 +80,5 @@ def tokenizer_files(vocab_size: int = 512) -> TokenizerFiles:
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|startoftext|>",
-        "eos_token": EOS_TOKENS[0],
-        "pad_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 131072,
-        "chat_template": _CHAT_TEMPLATE,
-    }
+    config = tokenizer_config(_CHAT_TEMPLATE)
     return TokenizerFiles({"tokenizer.json": tokenizer.to_str(pretty=False), "tokenizer_config.json": config}, ids)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from softprune.checkpoint.harmony import EOS_TOKENS, SPECIAL_TOKENS
+from softprune.checkpoint.harmony import SPECIAL_TOKENS, tokenizer_config
 from softprune.errors import InputError
 from softprune.files import write_whole
 
@@ -77,17 +77,8 @@ def train(texts: Iterable[str]) -> Tokenizer:
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json as Transformers reads them."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|startoftext|>",
-        "eos_token": EOS_TOKENS[0],
-        "pad_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 131072,
-        "chat_template": CHAT_TEMPLATE,
-    }
     write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
-    write_whole(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_whole(folder / "tokenizer_config.json", json.dumps(tokenizer_config(CHAT_TEMPLATE), indent=2) + "\n")
 
 
 def load(folder: Path) -> Tokenizer:
