@@ -1,4 +1,4 @@
-"""The one vLLM server that engine tests share."""
+"""The one vLLM server that engine tests share. `make test` runs this folder; tests that need more boots belong in tests/evidence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting real vLLM servers, and running models offline, each with a bound on time."""
+"""Starting real vLLM servers, switching their masks, and running models offline, each with a bound on time."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from softprune.bench.server import Server, free_port, vllm_command
+from softprune.mask import ExpertMask
+from tests.conftest import random_mask, saved
 
 HERE = Path(__file__).parent
 KEY = "test-key"
+API = "/softprune/v1"
 BASE_ENV = {
     "PYTHONPATH": str(HERE / "plugins"), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -88,6 +92,34 @@ class Stream:
     epochs: list[int]
 
 
+Starts = dict[str, tuple[dict[str, str], str]]
+"""Servers that have to refuse to start, by name: environment variables ("MASK" stands for the mask file), and what the output says."""
+
+
+def outputs_of(starts: Starts, model: Path, folder: Path) -> dict[str, str]:
+    """Output of real servers that were started with a mask and something missing; two at a time."""
+
+    def start(name: str) -> str:
+        place = folder / name.replace(" ", "_")
+        place.mkdir()
+        path = saved(random_mask(model, 24), place / "mask.json")
+        env = {key: path if value == "MASK" else value for key, value in starts[name][0].items()}
+        server = VllmServer(model, "--expert-mask", path, log=place / "log.txt", env=env)
+        try:
+            return server.wait_exit()
+        except AssertionError as error:
+            return f"AssertionError: {error}"
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(starts, pool.map(start, starts), strict=True))
+
+
+def check_refused(starts: Starts, outputs: dict[str, str], name: str) -> None:
+    """A server gave up, and said why."""
+    assert not outputs[name].startswith("AssertionError"), outputs[name]
+    assert starts[name][1] in outputs[name], outputs[name][-3000:]
+
+
 def run_offline(jobs: list[dict[str, Any]], folder: Path, env: dict[str, str] | None = None, timeout: float = 500) -> dict[str, Any]:
     """Run jobs of offline.py in one process; results by name."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,3 +135,36 @@ def run_offline(jobs: list[dict[str, Any]], folder: Path, env: dict[str, str] | 
     failed = {name: result["error"] for name, result in results.items() if "error" in result}
     assert not failed, f"{failed}\n{text[-5000:]}"
     return results
+
+
+@dataclass
+class Live:
+    """A server that was started without a mask, and three masks for it."""
+
+    server: VllmServer
+    masks: list[ExpertMask]
+
+    def put(self, mask: ExpertMask | None, query: str = "") -> dict[str, Any]:
+        status, body = self.try_put(mask, query)
+        assert status == 200, body
+        return body
+
+    def try_put(self, mask: ExpertMask | None, query: str = "") -> tuple[int, Any]:
+        method = "DELETE" if mask is None else "PUT"
+        return self.server.request(method, API + "/mask" + query, None if mask is None else json.loads(mask.dump()))
+
+    def status(self) -> dict[str, Any]:
+        status, body = self.server.request("GET", API + "/status")
+        assert status == 200, body
+        return body
+
+    def first_token(self, prompt: list[int], **options: Any) -> tuple[dict[str, float], int]:
+        """Top-20 log-probabilities of the first token that is generated, and how many tokens of the prompt were cached."""
+        answer = self.server.complete(prompt, 1, logprobs=20, return_tokens_as_token_ids=True, **options)
+        return answer["choices"][0]["logprobs"]["top_logprobs"][0], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def scores(server: VllmServer, prompts: list[list[int]]) -> list[Any]:
+    """Log-probabilities of every token, prompt and answer."""
+    answers = [server.complete(prompt, 4, prompt_logprobs=0, logprobs=0) for prompt in prompts]
+    return [(answer["choices"][0]["prompt_logprobs"], answer["choices"][0]["logprobs"]["token_logprobs"]) for answer in answers]

@@ -10,16 +10,15 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from softprune.errors import RefusedError
-from softprune.vllm_ext import proven, seams
+from softprune.vllm_ext import proven
 from tests.conftest import random_mask, saved
-from tests.engines.harness import BASE_ENV, HERE, SERVER_ARGS, VllmServer
+from tests.engines.harness import BASE_ENV, HERE, SERVER_ARGS, Starts, check_refused, outputs_of
 
 pytestmark = pytest.mark.engine
 
@@ -162,54 +161,22 @@ def test_every_unproven_mode_is_refused_by_name(configured: Any, flag: str) -> N
     assert configured["modes"][flag].startswith(f"{flag} (")
 
 
-def sabotage(seam: seams.Seam) -> dict[str, str]:
-    """How a test removes a seam: a callable loses the parameter it is known by, anything else goes."""
-    module, _, path = seam.target.partition(":")
-    if seam.parameters and seam not in (seams.ADD_CLI_ARGS, seams.FROM_CLI_ARGS, seams.PROCESS_WEIGHTS):
-        return {"SOFTPRUNE_TEST_DROP": f"{module}:{path}:{seam.parameters[0]}"}
-    return {"SOFTPRUNE_TEST_REMOVE": seam.target}
-
-
-STARTS: dict[str, tuple[dict[str, str], str]] = {
-    **{f"seam {seam.name}": (sabotage(seam), f"seam '{seam.name}' does not hold in vLLM ") for seam in seams.FRONT_END + seams.WORKER},
-    "plugin raises": ({"SOFTPRUNE_TEST_RAISE": "1"}, "planted: softprune's plugin raises"),
-    "plugin missing in the front end": ({"SOFTPRUNE_TEST_BREAK": "main"}, "unrecognized arguments: --expert-mask"),
-    "plugin missing in the workers": (
-        {"SOFTPRUNE_TEST_BREAK": "child"},
-        "Can't pickle <class 'softprune.vllm_ext.flags.AdditionalConfig'>",
-    ),
+STARTS: Starts = {
     "plugin not allowed": ({"VLLM_PLUGINS": "aaa_softprune_test"}, "unrecognized arguments: --expert-mask"),
-    "routing is simulated": ({"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}, "would select experts without asking the routers"),
     "workers serve something else": ({"SOFTPRUNE_TEST_LIE": "1"}, "process 0: serves mask None, top_k 4; expected sha256:"),
-    "mask vanishes": ({"SOFTPRUNE_TEST_VANISH": "MASK"}, "found No such file or directory; expected a readable mask file"),
 }
+"""A few that boot; tests/evidence has the others."""
 
 
 @pytest.fixture(scope="module")
 def starts(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Output of real servers that were started with a mask and something missing; two at a time."""
-    folder = tmp_path_factory.mktemp("starts")
-
-    def start(name: str) -> str:
-        place = folder / name.replace(" ", "_")
-        place.mkdir()
-        path = saved(random_mask(models["gpt-oss"], 24), place / "mask.json")
-        env = {key: path if value == "MASK" else value for key, value in STARTS[name][0].items()}
-        server = VllmServer(models["gpt-oss"], "--expert-mask", path, log=place / "log.txt", env=env)
-        try:
-            return server.wait_exit()
-        except AssertionError as error:
-            return f"AssertionError: {error}"
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(STARTS, pool.map(start, STARTS), strict=True))
+    return outputs_of(STARTS, models["gpt-oss"], tmp_path_factory.mktemp("starts"))
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", STARTS)
 def test_server_refuses_to_start(starts: dict[str, str], name: str) -> None:
-    assert not starts[name].startswith("AssertionError"), starts[name]
-    assert STARTS[name][1] in starts[name], starts[name][-3000:]
+    check_refused(STARTS, starts, name)
 
 
 def test_other_front_ends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

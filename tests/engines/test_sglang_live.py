@@ -1,138 +1,30 @@
 """Masks switched live in SGLang, in real server processes on the CPU.
 
 Run alone: pytest tests/engines/test_sglang_live.py
-Two servers, one after the other, both with the prefix cache on and prefills in small chunks: one that was started without a mask;
-and one of two tensor-parallel ranks that was started with one, overlaps no steps, mixes prefills with decoding, has a rank that
-refuses one of the masks, and shares one prefix cache among all masks, which is a mutation.
+One server that was started without a mask, with the prefix cache on and prefills in small chunks; tests/evidence has one of two ranks.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from softprune.bench.server import Server, free_port
+from softprune.bench.server import Server
 from softprune.mask import ExpertMask
-from tests.conftest import Evidence, random_mask, random_prompts, saved
+from tests.conftest import Evidence, random_mask, random_prompts
+from tests.engines.sglang_harness import API, CHUNK, TOP, Client, Pause, difference, epochs, generation, mixed_then_asked, start
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
-HERE = Path(__file__).parent
-PYTHON = HERE.parent.parent / ".venv-sglang" / "bin" / "python"
-API = "/softprune/v1"
-CHUNK = 64
-"""Tokens of a prefill that are computed in one step. Prompts are multiples of it: then the same steps are taken with and without a hit."""
 SWITCHES, CLIENTS = 200, 32
-TOP = 20
-
-
-def start(model: Path, log: Path, *args: str, env: dict[str, str] | None = None) -> Server:
-    """A server with its prefix cache on; not yet ready."""
-    port = free_port()
-    command = [
-        str(PYTHON), "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "bfloat16", "--max-total-tokens", "16384", "--device", "cpu", "--attention-backend", "intel_amx",
-        "--mem-fraction-static", "0.5", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--moe-runner-backend", "triton",
-        "--disable-hybrid-swa-memory", "--disable-cuda-graph", "--chunked-prefill-size", str(CHUNK), *args,
-    ]  # fmt: skip
-    path = os.pathsep.join([*(str(HERE / folder) for folder in ("plugins", "stand_ins")), os.environ.get("PYTHONPATH", "")])
-    common = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "SOFTPRUNE_TEST_CPU_ATTENTION": "1", "OMP_NUM_THREADS": "1"}
-    return Server(command, port, log, "proof", {**common, **(env or {})})
-
-
-@dataclass
-class Client:
-    """Talks to one server."""
-
-    server: Server
-
-    def switch(self, mask: ExpertMask | None, in_flight: str = "continue") -> int:
-        """Put a mask in force, or none; the new epoch."""
-        method, body = ("DELETE", None) if mask is None else ("PUT", json.loads(mask.dump()))
-        status, answer = self.server.request(method, f"{API}/mask?in_flight={in_flight}", body)
-        assert status == 200, answer
-        assert (answer["mask"] or {}).get("hash") == (mask.hash if mask else None)
-        return int(answer["epoch"])
-
-    def status(self) -> dict[str, Any]:
-        status, answer = self.server.request("GET", f"{API}/status")
-        assert status == 200, answer
-        return answer
-
-    def wait_begun(self, request_id: str) -> None:
-        """Wait until a first step with this request has been launched."""
-        deadline = time.monotonic() + 30
-        while self.server.request("GET", f"{API}/requests/{request_id}")[0] != 200:
-            assert time.monotonic() < deadline, f"{request_id} did not begin"
-            time.sleep(0.01)
-
-    def stream(self, ids: list[int], tokens: int, seen: Callable[[int], None] = lambda count: None, **more: Any) -> dict[str, Any]:
-        """Generate; `seen` is called with the number of tokens so far. The last chunk."""
-        body = json.dumps({**generation(ids, tokens), "stream": True, **more}).encode()
-        call = urllib.request.Request(
-            f"http://127.0.0.1:{self.server.port}/generate", data=body, headers={"content-type": "application/json"}, method="POST"
-        )
-        last: dict[str, Any] = {}
-        with urllib.request.urlopen(call, timeout=120) as response:
-            for line in response:
-                if line.startswith(b"data: {"):
-                    last = json.loads(line[6:])
-                    seen(last["meta_info"]["completion_tokens"])
-        return last
-
-    def ask(self, ids: list[int], tokens: int = 1, **more: Any) -> dict[str, Any]:
-        status, answer = self.server.request("POST", "/generate", {**generation(ids, tokens), **more})
-        assert status == 200, answer
-        return answer
-
-    def next_token(self, ids: list[int], **more: Any) -> tuple[dict[int, float], int]:
-        """Log-probabilities of the TOP likeliest next tokens, and how many tokens were found in the cache."""
-        meta = self.ask(ids, return_logprob=True, top_logprobs_num=TOP, **more)["meta_info"]
-        return {token: score for score, token, _ in meta["output_top_logprobs"][0]}, meta["cached_tokens"]
-
-    def scores(self, prompts: list[list[int]]) -> list[Any]:
-        """Everything that is computed of some prompts; past the prefix cache, since log-probabilities of prompts are asked for."""
-        answers = [self.ask(ids, 4, return_logprob=True, logprob_start_len=0) for ids in prompts]
-        return [(one["output_ids"], one["meta_info"]["input_token_logprobs"], one["meta_info"]["output_token_logprobs"]) for one in answers]
-
-
-def generation(ids: list[int], tokens: int) -> dict[str, Any]:
-    return {"input_ids": ids, "sampling_params": {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}}
-
-
-def epochs(answer: dict[str, Any]) -> list[int]:
-    return answer["meta_info"]["softprune"]["epochs"]
-
-
-def difference(one: dict[int, float], other: dict[int, float]) -> float:
-    """Largest difference between log-probabilities of the tokens that both name; 99 if they name no common ones."""
-    return max((abs(one[token] - other[token]) for token in set(one) & set(other)), default=99.0)
-
-
-class Pause:
-    """Lets a test go on once a stream has so many tokens."""
-
-    def __init__(self) -> None:
-        self._count, self._changed = 0, threading.Condition()
-
-    def __call__(self, count: int) -> None:
-        with self._changed:
-            self._count = count
-            self._changed.notify_all()
-
-    def until(self, count: int) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: self._count >= count, 60), f"{self._count} tokens"
 
 
 @pytest.fixture(scope="module")
@@ -145,25 +37,6 @@ def live(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> I
     """A server that was started without a mask."""
     log = tmp_path_factory.mktemp("live") / "one.log"
     with start(models["qwen3-moe"], log, "--softprune-control", "--softprune-debug-routes", "--enable-metrics") as server:
-        server.wait_ready()
-        yield Client(server)
-        server.stop(grace=0)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(
-    live: Client, models: dict[str, Path], masks: dict[str, ExpertMask], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Client]:
-    """Two ranks, started with mask A; the second refuses D, and all masks share one prefix cache. The first server is stopped before."""
-    live.server.stop(grace=0)
-    folder = tmp_path_factory.mktemp("two")
-    env = {
-        "SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SOFTPRUNE_TEST_ONE_CACHE": "1", "SOFTPRUNE_TEST_REFUSE": f"1:{masks['D'].hash}",
-        "DUMPER_SERVER_PORT": "reuse",
-    }  # fmt: skip
-    mask = saved(masks["A"], folder / "a.json")
-    args = ("--tp-size", "2", "--expert-mask", mask, "--disable-overlap-schedule", "--enable-mixed-chunk")
-    with start(models["qwen3-moe"], folder / "two.log", *args, env=env) as server:
         server.wait_ready()
         yield Client(server)
         server.stop(grace=0)
@@ -205,24 +78,6 @@ def test_every_api_names_its_epochs(live: Client, masks: Any) -> None:
         with urllib.request.urlopen(call, timeout=60) as response:
             chunks = [json.loads(line[6:]) for line in response if line.startswith(b"data: {")]
         assert [chunk["softprune"] for chunk in chunks if "softprune" in chunk][-1] == {"epochs": [now]}
-
-
-def mixed_then_asked(client: Client, masks: dict[str, ExpertMask], prompt: list[int]) -> dict[str, Any]:
-    """A generation under A, B and A again; then its text is sent as a prompt, once through the prefix cache and once past it."""
-    client.switch(masks["A"])
-    pause = Pause()
-    with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(client.stream, prompt, 5 * CHUNK, pause)
-        pause.until(CHUNK)
-        client.switch(masks["B"])
-        pause.until(3 * CHUNK)
-        client.switch(masks["A"])
-        answer = run.result()
-    ids = [*prompt, *answer["output_ids"]]
-    cached, hit = client.next_token(ids)
-    fresh, none = client.next_token(ids, extra_key="past the cache")
-    assert none == 0
-    return {"epochs": len(epochs(answer)), "hit": hit, "difference": difference(cached, fresh), "common": len(set(cached) & set(fresh))}
 
 
 def test_no_kv_of_another_mask_is_ever_found(live: Client, masks: Any, evidence: Evidence) -> None:
@@ -478,46 +333,3 @@ def test_the_first_server_is_well(live: Client) -> None:
     log = live.server.text()
     assert "leak" not in log
     assert "Traceback" not in log
-
-
-def test_live_is_launched(two_ranks: Client, masks: Any) -> None:
-    """A mask that is put live gives exactly what it gives at launch, on every rank."""
-    prompts = random_prompts(6, 2 * CHUNK, seed=1)
-    launched = two_ranks.scores(prompts)
-    two_ranks.switch(None)
-    assert two_ranks.scores(prompts) != launched
-    two_ranks.switch(masks["A"])
-    assert two_ranks.scores(prompts) == launched
-
-
-def test_one_rank_refuses(two_ranks: Client, masks: Any) -> None:
-    """Then none changes, and the server serves on."""
-    prompts = random_prompts(2, CHUNK, seed=12)
-    two_ranks.switch(masks["A"])
-    before, scores = two_ranks.status(), two_ranks.scores(prompts)
-    for in_flight in ("continue", "drain", "retract"):
-        status, body = two_ranks.server.request("PUT", f"{API}/mask?in_flight={in_flight}", json.loads(masks["D"].dump()))
-        assert (status, body["error"]["type"], body["error"]["message"]) == (409, "planted", "process 1: this rank refuses")
-    assert two_ranks.status() == before
-    assert two_ranks.scores(prompts) == scores
-    assert two_ranks.switch(masks["B"], "retract") == before["mask_epoch"] + 1
-    assert two_ranks.switch(masks["A"], "drain") == before["mask_epoch"] + 2
-    assert two_ranks.scores(prompts) == scores
-
-
-@pytest.mark.parametrize("path", ["softprune/switch", "softprune%2Fswitch", "softprune%252Fswitch"])
-def test_no_switch_past_the_key(two_ranks: Client, path: str) -> None:
-    """SGLang's own route for the message that carries ours, where it is open, does not reach it."""
-    before = two_ranks.status()
-    status, _ = two_ranks.server.request("POST", f"/dumper/{path}", {"text": None, "in_flight": "continue"}, key="")
-    assert status in (400, 404)
-    assert two_ranks.status() == before
-
-
-def test_with_one_cache_for_all_masks_mixed_kv_is_found(two_ranks: Client, masks: Any, evidence: Evidence) -> None:
-    """The mutation: the test above can fail."""
-    prompt = random_prompts(1, 3 * CHUNK, seed=3)[0]
-    found = mixed_then_asked(two_ranks, masks, prompt)
-    evidence("sglang_cpu.live.one_cache", found)
-    assert found["hit"] > len(prompt)
-    assert found["difference"] > 0.1

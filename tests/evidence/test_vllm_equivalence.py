@@ -1,6 +1,6 @@
 """A mask does what it says: pruned experts are never selected, and the model is the sliced one.
 
-Run alone: pytest tests/engines/test_equivalence.py
+Run alone: pytest tests/evidence/test_vllm_equivalence.py
 Models run through vLLM's own `LLM`; both sides of a comparison run in one process, one request at a time.
 """
 
