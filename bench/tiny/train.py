@@ -60,7 +60,7 @@ class Options:
         heldout_blocks: of each pack that are measured, at most.
     """
 
-    seconds: float = 400
+    seconds: float = 400.0
     tokens: float = 1e12
     seed: int = 0
     sequences: int = 64
@@ -69,7 +69,7 @@ class Options:
     experts: str = "grouped_mm"
     attention: str = "flex_attention"
     compiled: bool = True
-    keep_every: float = 60
+    keep_every: float = 60.0
     heldout_blocks: int = 10_000
 
 
