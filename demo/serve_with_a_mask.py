@@ -2,8 +2,8 @@
 
     make demo
 
-Makes a random checkpoint of gpt-oss's architecture and a mask that keeps 24 of its 32 experts, serves it
-without and with the mask, sends both the same requests over HTTP and prints what the routers selected.
+Takes the small trained gpt-oss of this repository (dequantised: CPUs have no kernels for MXFP4) and a mask that keeps 24 of its
+32 experts, serves it without and with the mask, sends both the same requests over HTTP and prints what the routers selected.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from softprune import mask as mask_file
 from softprune.bench.server import Server, free_port, vllm_command
+from softprune.bench.tiny.weights import TRAINED
 from softprune.control import PREFIX
 from softprune.mask import ExpertMask
 
@@ -100,9 +101,9 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path(".cache/demo"), help="folder for the checkpoint, the mask and the logs")
     place = parser.parse_args().dir.absolute()
     place.mkdir(parents=True, exist_ok=True)
-    model, mask_path = place / "tiny-gpt-oss", place / "keep24.json"
+    model, mask_path = place / "trained", place / "keep24.json"
     if not model.exists():
-        softprune("checkpoint", "synth", "tiny", "--out", str(model))
+        softprune("checkpoint", "dequantize", str(TRAINED), "--out", str(model))
     softprune("mask", "new", "--model", str(model), "--keep-random", "24", "--seed", "7", "--out", str(mask_path))
     softprune("mask", "show", str(mask_path))
     runs = {

@@ -2,7 +2,7 @@
 
 Platforms, MoE backends and router classes are those that were proven, and no others. Modes are refused by
 name, as `UNPROVEN_MODES` lists them. The README's table is this file in prose; the evidence is in
-tests/engines and bench/results.
+tests/engines, tests/evidence and bench/results.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ UNPROVEN_MODES = (
 _ON_GPU = "bench/results/vllm_gpu.json"
 PROVEN_BACKENDS = {
     ("cpu", "GptOssForCausalLM", "unquantized/CPU"): "tests/engines",
-    ("cpu", "Qwen3MoeForCausalLM", "unquantized/CPU"): "tests/engines",
+    ("cpu", "Qwen3MoeForCausalLM", "unquantized/CPU"): "tests/evidence",
     ("cuda", "GptOssForCausalLM", "mxfp4/TRITON"): _ON_GPU,
     ("cuda", "GptOssForCausalLM", "mxfp4/TRITON_UNFUSED"): _ON_GPU,
     ("cuda", "GptOssForCausalLM", "mxfp4/MARLIN"): _ON_GPU,

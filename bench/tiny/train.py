@@ -1,6 +1,6 @@
 """Train the small gpt-oss on one GPU, and write it as BF16 and as MXFP4.
 
-    python -m softprune.bench.tiny.train DATA.npz.xz OUT_DIR [--seconds 400] [--seed 0]
+    python -m softprune.bench.tiny.train DATA.npz.xz OUT_DIR [--seconds 150] [--seed 0]
 
 DATA comes from `softprune.bench.tiny.batches`. The model is Transformers' own, with its grouped matrix products and flex attention, in
 BF16; its experts, norms and loss are compiled. A checkpoint is kept every minute in OUT_DIR/state, and the same command goes on from it.
@@ -60,7 +60,7 @@ class Options:
         heldout_blocks: of each pack that are measured, at most.
     """
 
-    seconds: float = 400.0
+    seconds: float = 150.0
     tokens: float = 1e12
     seed: int = 0
     sequences: int = 64

@@ -1,9 +1,11 @@
 #!/bin/sh
 # The small model on a GPU host: tests/gpu/tiny.sh STEP DATA.npz.xz WORK_DIR
 #
-#   train      SECONDS (400) of training, then a second seed on a quarter of the tokens, then Transformers' log-probabilities
-#   sglang     is what SGLang says the same? (SGLang beside softprune)
+#   train      SECONDS_OF_TRAINING (150), then a second seed on a quarter of the tokens
+#   sglang     is what SGLang says the same as Transformers in WORK_DIR/reference.npz? (SGLang beside softprune)
 #   vllm       is what vLLM says the same?
+#
+# `python -m tests.gpu.tiny reference CHECKPOINT reference.npz --data DATA.npz.xz --cpu` makes that file on any machine with softprune's dependencies.
 #
 # Training begins with tries of a few seconds: the first combination of attention and compilation that works on this host is taken.
 # What is to be committed lies in WORK_DIR afterwards: a/mxfp4, a/curve.json, a/training.json, b/training.json, sglang.json, vllm.json.
@@ -22,11 +24,10 @@ train)
     done
     echo "options: $options"; tail -n 1 "$work/try.log"
     # shellcheck disable=SC2086
-    train "$work/a" --seconds "${SECONDS_OF_TRAINING:-400}" $options
+    train "$work/a" --seconds "${SECONDS_OF_TRAINING:-150}" $options
     tokens=$(python3 -c "import json; print(json.load(open('$work/a/training.json'))['tokens'] // 4)")
     # shellcheck disable=SC2086
     train "$work/b" --seed 1 --seconds 1e6 --tokens "$tokens" $options
-    python3 -m tests.gpu.tiny reference "$work/a/mxfp4" "$work/reference.npz" --data "$data"
     ;;
 sglang | vllm)
     python3 -m tests.gpu.tiny "$step" "$work/$step" "$work/$step.json" --checkpoint "$work/a/mxfp4" --reference "$work/reference.npz"
