@@ -48,14 +48,14 @@ STEP_SIZE = Seam("engine.step_size", "vllm.config:SchedulerConfig", ("max_num_ba
 EXECUTE_MODEL = Seam("worker.execute_model", "vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",))
 WARM_UP = Seam("worker.warm_up", "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model")
 DUMMY_BATCH = Seam("worker.dummy_batch", "vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch")
-ROW_ORDER = Seam("worker.row_order", "vllm.v1.worker.gpu_input_batch:InputBatch.req_ids")
+ROW_ORDER = Seam("worker.row_order", "vllm.v1.worker.gpu_input_batch:InputBatch")
 NEW_REQUEST = Seam(
     "scheduler.new_request", "vllm.v1.core.sched.output:NewRequestData",
     ("req_id", "prompt_token_ids", "sampling_params", "num_computed_tokens"),
 )  # fmt: skip
 CACHED_REQUESTS = Seam("scheduler.cached_requests", "vllm.v1.core.sched.output:CachedRequestData", ("req_ids", "num_computed_tokens"))
 FINISHED = Seam("scheduler.finished", "vllm.v1.core.sched.output:SchedulerOutput", ("finished_req_ids",))
-EXTRA_ARGS = Seam("request.extra_args", "vllm:SamplingParams", ("extra_args",))
+EXTRA_ARGS = Seam("request.extra_args", "vllm.sampling_params:SamplingParams", ("extra_args",))
 STATISTICS = (APPLY_EXPERTS, STEP_SIZE, EXECUTE_MODEL, WARM_UP, DUMMY_BATCH, ROW_ORDER, NEW_REQUEST, CACHED_REQUESTS, FINISHED, EXTRA_ARGS)
 """Checked in the worker that collects statistics, before the model is loaded."""
 

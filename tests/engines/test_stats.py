@@ -8,6 +8,7 @@ for each tag, phase and mask, and all of them together are what the route probe 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import urllib.error
@@ -39,7 +40,13 @@ TAGS = ("default", "chat", "code")
 
 
 class Engine(ABC):
-    """A server that was started with statistics, and how to ask it."""
+    """A server that was started with statistics, and how to ask it.
+
+    Attributes:
+        surplus: steps that may be launched of a request before the engine knows that it has ended; what they route is counted, too.
+    """
+
+    surplus = 0
 
     def __init__(self, server: Server, mask: ExpertMask) -> None:
         self.server, self.mask = server, mask
@@ -81,6 +88,8 @@ class Vllm(Engine):
 
 
 class Sglang(Engine):
+    surplus = 1
+
     def body(self, prompt: list[int], tokens: int, tag: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
         body = {**generation(prompt, tokens), **more}
         if tag is not None:
@@ -126,7 +135,7 @@ def test_before_a_start_there_is_nothing(engine: Engine) -> None:
 
 def test_counts_are_tokens_times_top_k(engine: Engine, tmp_path: Path) -> None:
     """By tag, phase and mask; what the prefix cache answered is not routed, and what crosses a switch counts on both of its sides."""
-    engine.server.request("DELETE", API + "/routes")
+    before = engine.client.routes(reset=True)["scheduled_tokens"]
     assert engine.client.start_stats()["collecting"] is True
     status, answer = engine.server.request("POST", API + "/stats/start", {"mode": "router"})
     assert (status, answer["error"]["type"]) == (409, "already_collecting")
@@ -136,28 +145,32 @@ def test_counts_are_tokens_times_top_k(engine: Engine, tmp_path: Path) -> None:
         if mask is not None:
             engine.client.put_mask(mask)
         expected[mask.hash if mask else None] = _traffic(engine, seed=20 if mask is None else 21)
+    probed = engine.client.routes()
     engine.client.stop_stats()
     engine.ask([5] * 30, 3, "chat")  # not collected
-    probed = engine.client.routes()
 
     top_k, total = engine.client.status()["top_k"], 0
     for epoch, (mask_hash, tokens) in enumerate(expected.items()):
         found = engine.fetch(tmp_path, mask_hash or "none")
         assert found.header.mask == mask_hash
         assert [one.epoch for one in found.header.epochs] == [epoch]
-        assert {tag: found.header.tokens[tag].model_dump() for tag in TAGS} == tokens
+        for tag in TAGS:
+            counted, requests = found.header.tokens[tag].model_dump(), tokens[tag].pop("requests")
+            assert 0 <= counted["decode"] - tokens[tag]["decode"] <= engine.surplus * requests
+            assert counted == {**tokens[tag], "decode": counted["decode"]}
+        routed = sum(one.routed for one in found.header.tokens.values())
+        assert routed == probed["scheduled_tokens"][epoch] - sum(before[epoch : epoch + 1])
         assert complete(found) is True
         count = found["router.count"]
-        for i, tag in enumerate(TAGS):
+        for tag in TAGS:
             place = found.tag_index(tag)
-            assert (count[place, 0].sum(-1) == tokens[tag]["prefill"] * top_k).all(), (i, tag)
-            assert (count[place, 1].sum(-1) == tokens[tag]["decode"] * top_k).all()
+            assert (count[place, 0].sum(-1) == tokens[tag]["prefill"] * top_k).all()
+            assert (count[place, 1].sum(-1) == found.header.tokens[tag].decode * top_k).all()
         assert np.allclose(found["router.gate_sum"].sum(-1) * top_k, count.sum(-1), atol=1e-3)
         if mask_hash is not None:
             for layer in range(count.shape[2]):
                 assert count[:, :, layer, engine.mask.pruned(layer)].sum() == 0
-        if epoch == 0:
-            assert np.array_equal(count.sum((0, 1)), np.array(probed["epochs"]["0"]["counts"]))
+        assert np.array_equal(count.sum((0, 1)), np.array(probed["epochs"][str(epoch)]["counts"]))
         total += int(count.sum())
     assert total > 0
     engine.client.put_mask(engine.mask)
@@ -168,7 +181,7 @@ def test_counts_are_tokens_times_top_k(engine: Engine, tmp_path: Path) -> None:
 
 def _traffic(engine: Engine, seed: int) -> dict[str, dict[str, int]]:
     """Requests at once, under two tags and none, and one whose prompt was seen before; the tokens that are routed for each tag."""
-    expected = {tag: {"prefill": 0, "decode": 0, "cached": 0} for tag in TAGS}
+    expected = {tag: {"prefill": 0, "decode": 0, "cached": 0, "requests": 0} for tag in TAGS}
     lengths = [(20, 5), (150, 9), (70, 1), (33, 12), (96, 7), (41, 3)]
     prompts = [random_prompts(1, length, seed=100 * seed + i)[0] for i, (length, _) in enumerate(lengths)]
     jobs = [(prompts[i], lengths[i][1], TAGS[i % 3]) for i in range(len(prompts))]
@@ -188,7 +201,7 @@ def _traffic(engine: Engine, seed: int) -> dict[str, dict[str, int]]:
         assert status == 200, answer
         cached = engine.cached(answer)
         # The last token of an answer is never run.
-        for name, more in (("prefill", len(prompt) - cached), ("decode", tokens - 1), ("cached", cached)):
+        for name, more in (("prefill", len(prompt) - cached), ("decode", tokens - 1), ("cached", cached), ("requests", 1)):
             expected[tag][name] += more
     return expected
 
@@ -207,7 +220,7 @@ def test_a_request_that_crosses_a_switch_counts_on_both_sides(engine: Engine, tm
     engine.client.stop_stats()
     assert sum(len(file.header.runs) for file in files) == 4
     cached = sum(file.header.tokens["chat"].cached for file in files)
-    assert sum(file.header.tokens["chat"].routed for file in files) == 40 - cached + 399
+    assert sum(file.header.tokens["chat"].routed for file in files) in range(439 - cached, 440 - cached + engine.surplus)
     for layer in range(files[1]["router.count"].shape[2]):
         assert files[1]["router.count"][:, :, layer, engine.mask.pruned(layer)].sum() == 0
     engine.client.switch(None)
@@ -255,9 +268,9 @@ def test_the_command_line(engine: Engine, tmp_path: Path) -> None:
     assert "collecting router" in run("start")
     assert "already_collecting" in run("start", fails=True)
     engine.ask(random_prompts(1, 50, seed=3000)[0], 4, "code")
-    assert "not collecting, 53 routed tokens under 1 masks" in run("stop")
+    assert re.search(r"not collecting, 5[34] routed tokens under 1 masks", run("stop"))
     file = tmp_path / "s.safetensors"
-    assert "53 routed tokens" in run("fetch", "--out", str(file))
+    assert re.search("5[34] routed tokens", run("fetch", "--out", str(file)))
     assert read(file).header.tokens["code"].prefill == 50
     assert "nothing_counted" in run("fetch", "--out", str(file), "--mask", engine.mask.hash, fails=True)
     assert read(file).header.tokens["code"].prefill == 50
