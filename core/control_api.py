@@ -13,25 +13,31 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from softprune.control import BODY, IN_FLIGHT, KEY_HEADER, PREFIX, ControlError, error_body, key_matches
-from softprune.errors import MaskError, RefusedError
+from softprune.control import BODY, IN_FLIGHT, KEY_HEADER, PREFIX, ControlError, error_body, key_matches, raise_answer
+from softprune.errors import MaskError, RefusedError, shortened
 from softprune.launch import Launch
 from softprune.mask import MAX_BYTES, ExpertMask, decode_json
 from softprune.mask_state import kept_after
 from softprune.metrics import mask_metrics
+from softprune.request_tags import with_tags
 from softprune.response_epochs import PATHS, naming_epochs
+from softprune.runtime.collector import LATER_MODES, MODES, file_of
 from softprune.runtime.epochs import RequestIndex
+from softprune.runtime.tags import Tags
 
 logger = logging.getLogger(__name__)
 
 CALLS = (
     "GET status", "GET mask", "PUT mask", "DELETE mask", "GET requests/{id}", "POST verify", "GET routes", "DELETE routes",
+    "POST stats/start", "POST stats/stop", "POST stats/reset", "GET stats",
 )  # fmt: skip
 """Everything that is answered; each asks for the key."""
 _MAX_DEPTH = 50
+_MODE = '{"mode": "router"}'
 
 
 class ControlApi(ABC):
@@ -40,6 +46,7 @@ class ControlApi(ABC):
     Attributes:
         app: what answers everything else.
         key: softprune's own key; while it is None, every call is answered 401.
+        tags: of requests, with `--softprune-stats`; an extension sets it, and `tag_places`.
         finished: epochs of the requests whose last output has reached this process; an extension fills it.
         log: where switches are told of.
     """
@@ -50,6 +57,7 @@ class ControlApi(ABC):
         self.app = app
         self.key = key
         self.finished = RequestIndex() if finished is None else finished
+        self.tags: Tags | None = None
         self._switching = asyncio.Lock()
         self._switches: set[asyncio.Task[dict[str, Any]]] = set()
 
@@ -59,7 +67,7 @@ class ControlApi(ABC):
 
     @abstractmethod
     async def ask(self, scope: Any, what: str, **arguments: Any) -> list[Any]:
-        """Ask every process that holds routers for "status", "mask_text", "verified" or "routes"; one answer from each."""
+        """Ask every process that holds routers for "status", "mask_text", "verified", "routes" or "statistics"; one answer from each."""
 
     @abstractmethod
     async def ask_scheduler(self, scope: Any, what: str, **arguments: Any) -> Any:
@@ -81,6 +89,11 @@ class ControlApi(ABC):
             ControlError: it was refused; the old mask stays.
         """
 
+    @staticmethod
+    @abstractmethod
+    def tag_places(path: str, body: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+        """Where a request's tag stands; see `softprune.request_tags.Places`."""
+
     @abstractmethod
     def about(self, scope: Any) -> dict[str, Any]:
         """{"engine": name and version, "model": as given}."""
@@ -98,8 +111,14 @@ class ControlApi(ABC):
                     if known.status == 500:
                         self.log.exception("softprune: %s %s failed", scope["method"], path)
                     status, body = known.status, error_body(known.kind, str(known), known.detail)
-                await _send_json(send, status, body)
+                await (_send_file if isinstance(body, _File) else _send_json)(send, status, body)
                 return
+            if path in PATHS and scope["method"] == "POST" and self.tags is not None:
+                try:
+                    scope, receive, send = await with_tags(scope, receive, send, self.tags, self.tag_places)
+                except ControlError as error:
+                    await _send_json(send, error.status, error_body(error.kind, str(error), error.detail))
+                    return
             if path in PATHS:
                 send = naming_epochs(send, self.finished)
         await self.app(scope, receive, send)
@@ -129,6 +148,14 @@ class ControlApi(ABC):
                 return 200, {"obeyed": not refusals, "detail": refusals[0]["message"] if refusals else None}
             case ("GET" | "DELETE") as method, "/routes":
                 return 200, await self._routes(scope, reset=method == "DELETE", trace=query.get("trace") == ["1"])
+            case "POST", "/stats/start":
+                mode = await self._mode(scope, await _body(headers, receive))
+                return 200, await self._statistics(scope, "start", mode=mode)
+            case "POST", ("/stats/stop" | "/stats/reset") as action:
+                return 200, await self._statistics(scope, action.removeprefix("/stats/"))
+            case "GET", "/stats":
+                found = await self._statistics(scope, "file", mask=query.get("mask", [None])[-1])
+                return 200, _File(found["name"], await asyncio.to_thread(file_of, found))
         return 404, error_body("not_found", f"no {scope['method']} {PREFIX}{path}; there are {', '.join(CALLS)}")
 
     async def _status(self, scope: Any) -> dict[str, Any]:
@@ -199,6 +226,37 @@ class ControlApi(ABC):
         routes = _agreed(await self.ask(scope, "routes", reset=reset, trace=trace), "routes")
         return {**routes, "scheduled_tokens": await self.ask_scheduler(scope, "tokens")}
 
+    async def _mode(self, scope: Any, body: bytes) -> str:
+        """The mode in the body of `POST stats/start`.
+
+        Raises:
+            ControlError: 400, unless it is one that is collected; 409 if statistics are off.
+        """
+        await self._check_stats(scope)
+        try:
+            data = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ControlError(400, "invalid_mode", f"{BODY}: found no valid JSON ({error}); expected {_MODE}") from None
+        mode = data.get("mode") if isinstance(data, dict) and set(data) == {"mode"} else None
+        if mode in LATER_MODES:
+            raise ControlError(400, "mode_not_yet", f"{BODY}: mode: found {mode}, which is not collected yet; expected {_MODE}")
+        if mode not in MODES:
+            raise ControlError(400, "invalid_mode", f"{BODY}: found {shortened(data)}; expected {_MODE}")
+        return str(mode)
+
+    async def _statistics(self, scope: Any, action: str, **arguments: Any) -> Any:
+        await self._check_stats(scope)
+        answers = [one for one in await self.ask(scope, "statistics", action=action, arguments=arguments) if one is not None]
+        if len(answers) != 1:
+            raise ControlError(500, "ranks_disagree", f"{len(answers)} processes collect statistics; expected one")
+        if "refused" in answers[0]:
+            raise_answer(answers[0]["refused"])
+        return answers[0]["answer"]
+
+    async def _check_stats(self, scope: Any) -> None:
+        if (await self.launch(scope)).stats is None:
+            raise ControlError(409, "statistics_are_off", "start the server with --softprune-stats router")
+
     @staticmethod
     def publish(epoch: int, status: dict[str, Any]) -> None:
         """Tell Prometheus what is in force.
@@ -229,6 +287,18 @@ def check_served(launch: Launch, rank: int, status: Any) -> None:
             f"process {rank}: serves mask {served[0]}, top_k {served[1]}; expected {launch.mask_hash}, {launch.top_k}. "
             "Its log says whether softprune's plugin ran there."
         )
+    collecting = status.get("statistics") if isinstance(status, dict) else None
+    if launch.stats is not None and rank == 0 and (collecting is None or collecting["unhooked_layers"]):
+        found = "no collector" if collecting is None else f"no logits of MoE layers {collecting['unhooked_layers']}"
+        raise RefusedError(f"process {rank}: --softprune-stats: found {found}; expected every router's logits")
+
+
+@dataclass(frozen=True)
+class _File:
+    """An answer that is a file to be downloaded."""
+
+    name: str
+    data: bytes
 
 
 class _HungUp(Exception):
@@ -290,3 +360,13 @@ async def _send_json(send: Any, status: int, body: Any) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
+
+
+async def _send_file(send: Any, status: int, file: _File) -> None:
+    headers = [
+        (b"content-type", b"application/octet-stream"),
+        (b"content-length", str(len(file.data)).encode()),
+        (b"content-disposition", f'attachment; filename="{file.name}"'.encode()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": file.data})

@@ -39,6 +39,11 @@ FLAGS = (
     ),
     Flag("--softprune-control", "control", "Serve softprune's control API, so that masks can be put live; implied by the flags above."),
     Flag("--softprune-debug-routes", "debug_routes", "Count what every router selects (GET /softprune/v1/routes); eager mode only."),
+    Flag(
+        "--softprune-stats", "stats",
+        "Make room for statistics of the routers, which the control API then starts and stops: router.", ("MODE", str),
+    ),
+    Flag("--softprune-max-tags", "max_tags", "Tags, default among them, that statistics are kept apart by (8).", ("N", int)),
 )  # fmt: skip
 KEY_OPTION = "--softprune-key"
 KEY_HELP = "Key of the control API; else SOFTPRUNE_KEY, else one is generated and its file logged."

@@ -25,6 +25,9 @@ from softprune.mask_state import MaskState, read_state
 TOP_K_FIELDS = ("num_experts_per_tok", "experts_per_token")
 """Names of top_k in config.json; gpt-oss has both."""
 
+DEFAULT_MAX_TAGS, MAX_TAGS = 8, 64
+"""Tags of a server's statistics."""
+
 
 class LaunchRequest(BaseModel):
     """What a user asks of one server. Plain JSON, as it stands in flags and in an engine's own configuration.
@@ -36,6 +39,8 @@ class LaunchRequest(BaseModel):
         expert_mask_state: path of the file that keeps a live mask across restarts; where it exists, it decides.
         control: serve the control API even where nothing else is asked for.
         debug_routes: count what the routers select.
+        stats: mode of the statistics that may be collected, or None: then nothing of it is in place.
+        max_tags: tags, "default" among them, that statistics are kept apart by; None for 8.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -46,6 +51,8 @@ class LaunchRequest(BaseModel):
     expert_mask_state: str | None = None
     control: bool = False
     debug_routes: bool = False
+    stats: str | None = None
+    max_tags: int | None = None
 
     @classmethod
     def parse(cls, data: Any, source: str) -> Self:
@@ -73,6 +80,7 @@ class LaunchRequest(BaseModel):
             RefusedError: `expert_top_k` is out of range or contradicts the mask's; the state file's folder cannot be written.
         """
         spec = spec_of(config, f"{model}/config.json")
+        self._check_stats()
         if self.expert_mask_state is not None:
             folder = Path(self.expert_mask_state).absolute().parent
             if not os.access(folder, os.W_OK | os.X_OK):
@@ -90,6 +98,19 @@ class LaunchRequest(BaseModel):
             top_k=self._top_k(mask, kept_top_k, spec),
             model_top_k=spec.top_k,
         )
+
+    @property
+    def num_tags(self) -> int:
+        """Tags that statistics are kept apart by."""
+        return self.max_tags or DEFAULT_MAX_TAGS
+
+    def _check_stats(self) -> None:
+        if self.stats not in (None, "router"):
+            raise RefusedError(f"--softprune-stats: found {self.stats}; expected router, the only mode so far")
+        if self.max_tags is not None and self.stats is None:
+            raise RefusedError("--softprune-max-tags is for statistics; expected --softprune-stats router with it")
+        if self.max_tags is not None and not 1 <= self.max_tags <= MAX_TAGS:
+            raise RefusedError(f"--softprune-max-tags: found {self.max_tags}; expected from 1 to {MAX_TAGS}")
 
     @property
     def mask_source(self) -> str:

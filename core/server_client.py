@@ -135,6 +135,37 @@ class ServerClient:
         """
         return self._object("DELETE" if reset else "GET", "/routes" + ("?trace=1" if trace else ""))
 
+    def start_stats(self, mode: str = "router") -> dict[str, Any]:
+        """Begin to collect statistics.
+
+        Returns:
+            Statistics' state, as in `status()["statistics"]`.
+
+        Raises:
+            ServerCallError: 409 statistics_are_off, unless the server runs with --softprune-stats; 409 already_collecting.
+        """
+        return self._object("POST", "/stats/start", json.dumps({"mode": mode}).encode())
+
+    def stop_stats(self) -> dict[str, Any]:
+        """Collect no more; what was counted stays. As `start_stats`, but 409 not_collecting."""
+        return self._object("POST", "/stats/stop")
+
+    def reset_stats(self) -> dict[str, Any]:
+        """Forget what was counted, under all masks. As `start_stats`."""
+        return self._object("POST", "/stats/reset")
+
+    def stats_file(self, mask: str | None = None) -> bytes:
+        """The statistics file of one mask: its bytes, for `softprune.stats.file.read`.
+
+        Args:
+            mask: hash of the mask under which it was counted, "none" for the unpruned router; None for the mask in force.
+
+        Raises:
+            ServerCallError: 404 never_started or nothing_counted.
+        """
+        path = PREFIX + "/stats" + ("" if mask is None else "?" + urlencode({"mask": mask}))
+        return self._bytes("GET", path, None, self._key_header, self.switch_timeout)
+
     def request(self, request_id: str) -> dict[str, Any]:
         """The mask epochs of one request: {"id", "epochs", "masks", "parts", "finished"}."""
         return self._object("GET", "/requests/" + quote(request_id, safe=""))
@@ -143,29 +174,35 @@ class ServerClient:
         """Call the engine's own API with JSON; without softprune's key."""
         return self._call("POST", path, json.dumps(body).encode(), {}, self.switch_timeout)
 
+    @property
+    def _key_header(self) -> dict[str, str]:
+        return {KEY_HEADER: self.key} if self.key else {}
+
     def _object(self, method: str, path: str, body: bytes | None = None, timeout: float | None = None) -> dict[str, Any]:
-        headers = {KEY_HEADER: self.key} if self.key else {}
-        answer = self._call(method, PREFIX + path, body, headers, timeout or self.timeout)
+        answer = self._call(method, PREFIX + path, body, self._key_header, timeout or self.timeout)
         if not isinstance(answer, dict):
             raise ServerCallError(self.url, 200, "", f"found {shortened(answer)}; expected softprune's control API")
         return answer
 
     def _call(self, method: str, path: str, body: bytes | None, headers: dict[str, str], timeout: float) -> Any:
+        text = self._bytes(method, path, body, headers, timeout)
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise ServerCallError(self.url, 200, "", f"found {shortened(text[:100])}; expected JSON") from None
+
+    def _bytes(self, method: str, path: str, body: bytes | None, headers: dict[str, str], timeout: float) -> bytes:
         call = urllib.request.Request(self.url + path, data=body, headers={**self._headers, **headers}, method=method)
         try:
             try:
                 with self._opener.open(call, timeout=timeout) as response:
-                    text = response.read()
+                    return bytes(response.read())
             except urllib.error.HTTPError as error:
                 with error:
                     raise self._refusal(error.code, error.read()) from None
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             raise ServerCallError(self.url, None, "", str(reason) or repr(reason)) from None
-        try:
-            return json.loads(text)
-        except ValueError:
-            raise ServerCallError(self.url, 200, "", f"found {shortened(text[:100])}; expected JSON") from None
 
     def _refusal(self, status: int, text: bytes) -> ServerCallError:
         try:

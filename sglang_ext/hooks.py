@@ -73,6 +73,7 @@ def _hooks() -> dict[str, list[tuple[seams.Seam, Callable[..., Any]]]]:
             (seams.INIT_INFO, worker.tell_front_end),
             (seams.PROCESS_INPUT, scheduler.end_drain),
             (seams.ACCEPT_OUTPUT, scheduler.name_epochs),
+            (seams.RUN_BATCH, scheduler.collect),
         ],
         "BEFORE": [
             (seams.RUN_HTTP_SERVER, routes.add_control_api),

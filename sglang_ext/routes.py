@@ -10,6 +10,7 @@ from softprune import control_api
 from softprune.control import PREFIX, raise_answer, server_key
 from softprune.launch import Launch
 from softprune.runtime.epochs import RequestIndex
+from softprune.runtime.tags import Tags
 from softprune.sglang_ext import seams
 from softprune.sglang_ext.flags import OVERRIDES, launch_in, served_at_start
 from softprune.sglang_ext.scheduler import EPOCHS_KEY
@@ -33,6 +34,7 @@ class ControlApi(control_api.ControlApi):
         super().__init__(app, key)
         self.finished = FINISHED
         self._launch, self._model, self._manager = launch, model, tokenizer_manager
+        self.tags = None if launch.stats is None else Tags(launch.num_tags)
 
     async def launch(self, scope: Any) -> Launch:
         return self._launch
@@ -50,6 +52,15 @@ class ControlApi(control_api.ControlApi):
             await asyncio.sleep(POLL_SECONDS)
             done = await self._call("switched")
         return dict(done)
+
+    @staticmethod
+    def tag_places(path: str, body: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+        if path != "/generate":
+            return [(body, "custom_params")]
+        if body.get("sampling_params") is None:
+            body["sampling_params"] = {}
+        given = body["sampling_params"]
+        return [(one, "custom_params") for one in (given if isinstance(given, list) else [given]) if isinstance(one, dict)]
 
     async def _call(self, what: str, **arguments: Any) -> Any:
         """Ask the scheduler processes; the first one answers, for itself or for all.

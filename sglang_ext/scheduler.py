@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from softprune.control import ControlError, raise_answer, refusal_among
+from softprune.runtime.collector import Span
 from softprune.runtime.epochs import Epochs, cache_namespace
 from softprune.runtime.masked_model import MaskedModel
+from softprune.sglang_ext import collector as collecting
 from softprune.sglang_ext import seams
 
 logger = logging.getLogger("sglang.softprune")
@@ -40,11 +42,13 @@ class LiveMask:
         model: the masked model.
         epochs: which requests ran under which masks.
         draining: nothing new is started, since a switch waits for what is running.
+        spans: rows of the step that is being launched, where statistics are collected.
     """
 
     def __init__(self, model: MaskedModel) -> None:
         self.model, self.epochs, self.draining = model, Epochs(model.launch.mask_hash), False
         self._outcome: dict[str, Any] | ControlError | None = None
+        self.spans: list[Span] = []
 
     def switch(self, scheduler: Any, text: str | None, in_flight: str) -> dict[str, Any] | None:
         """Put a mask in force on every rank or on none; called on all of them, between the same two steps.
@@ -174,6 +178,16 @@ def stamp(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     requests, decoding = batch.reqs, batch.forward_mode.is_decode()
     tokens = len(requests) if decoding else batch.extend_num_tokens or 0
     _live.epochs.stamp((request.rid for request in requests), tokens, all_seen=decoding)
+    if _live.model.collector is not None:
+        _live.spans = collecting.spans(batch, _live.model.collector)  # now, since running a batch changes it
+
+
+def collect(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """After `Scheduler.run_batch`: add the step to the statistics, behind it on its stream."""
+    if _live is not None and _live.spans and _live.model.collector is not None:
+        with on_model_stream(scheduler):
+            _live.model.collector.step(_live.spans)
+        _live.spans = []
 
 
 def enter_queue(scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:

@@ -117,6 +117,14 @@ SCHEDULER = (
 )  # fmt: skip
 """Checked in every scheduler process before the model is loaded."""
 
+TINY_GEMM = Seam("router.tiny_gemm", "sglang.srt.models.gpt_oss:tinygemm_bf16")
+TINY_GEMM_PDL = Seam("router.tiny_gemm_pdl", "sglang.srt.models.gpt_oss:is_arch_support_pdl")
+"""Resolved where gpt-oss's router has a kernel for small batches."""
+BATCH = Seam("scheduler.batch", "sglang.srt.managers.schedule_batch:ScheduleBatch", ("reqs", "forward_mode", "prefix_lens", "extend_lens"))
+SAMPLING_PARAMS = Seam("request.sampling_params", "sglang.srt.sampling.sampling_params:SamplingParams", ("custom_params",))
+STATISTICS = (BATCH, SAMPLING_PARAMS)
+"""Checked in the scheduler process that collects statistics."""
+
 
 def is_known() -> bool:
     """Whether this version of SGLang is one of those that the seams were read in."""

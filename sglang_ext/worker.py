@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from softprune.control import ControlError
@@ -20,7 +21,7 @@ from softprune.launch import Launch
 from softprune.proven import only, undoing
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
-from softprune.sglang_ext import proven, routers, seams
+from softprune.sglang_ext import collector, proven, routers, seams
 from softprune.sglang_ext import scheduler as live_scheduler
 from softprune.sglang_ext.flags import CONFIG_KEY, OVERRIDES, launch_in
 from softprune.sglang_ext.hooks import check_applied
@@ -72,7 +73,10 @@ def _mask(runner: Any, launch: Launch) -> None:
         selected = routers.selected_top_k(layer)
         if selected != launch.top_k:
             raise RefusedError(f"{layer.name}: the engine selects {selected} experts a token; expected {launch.top_k}")
-    model.verify()
+    if launch.stats is not None and dist.get_rank() == 0:  # tensor-parallel ranks are all there are
+        rows = collector.max_rows(seams.attribute(runner, "server_args", seams.LOAD_MODEL.name))
+        collector.attach(layers, model.add_collector(rows, seams.engine()))
+    model.verify()  # with the collector in place, so that its kernels are seen to obey as well
     if launch.debug_routes:
         probe = model.add_probe()
         for position, layer in enumerate(layers):
@@ -117,7 +121,10 @@ def _answer(scheduler: Any, what: str, arguments: dict[str, Any]) -> Any:
     }  # fmt: skip
     if what in of_this_process:
         return of_this_process[what](**arguments)
-    of_all = {"status": model.status, "mask_text": model.mask_text, "verified": model.verified, "routes": model.routes}
+    of_all: dict[str, Callable[..., Any]] = {
+        "status": model.status, "mask_text": model.mask_text, "verified": model.verified, "routes": model.routes,
+        "statistics": model.statistics,
+    }  # fmt: skip
     if what not in of_all:
         raise ControlError(404, "not_found", f"no call {what!r}")
     with live_scheduler.on_model_stream(scheduler):

@@ -16,6 +16,7 @@ from softprune import control_api
 from softprune.control import PREFIX, ControlError, raise_answer, server_key
 from softprune.launch import Launch
 from softprune.runtime.epochs import RequestIndex
+from softprune.runtime.tags import Tags
 from softprune.vllm_ext import seams
 from softprune.vllm_ext.flags import EPOCHS_KEY, launch_of
 
@@ -76,6 +77,10 @@ class ControlApi(control_api.ControlApi):
     def about(self, scope: Any) -> dict[str, Any]:
         return {"engine": seams.engine(), "model": self._client(scope).vllm_config.model_config.model}
 
+    @staticmethod
+    def tag_places(path: str, body: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+        return [(body, "vllm_xargs")]
+
     def _client(self, scope: Any) -> Any:
         return seams.attribute(scope["app"].state, "engine_client", "http.app_state")
 
@@ -88,6 +93,8 @@ class ControlApi(control_api.ControlApi):
             control_api.check_served(launch, rank, status)
         self._take_epochs(seams.attribute(self._client(scope), "output_processor", seams.PROCESS_OUTPUTS.name))
         self.publish((await self.ask_scheduler(scope, "status"))["mask_epoch"], statuses[0])
+        if launch.stats is not None:
+            self.tags = Tags(launch.num_tags)
         args = seams.attribute(scope["app"].state, "args", "http.app_state")
         self.key, path = server_key(args.port)
         if path:

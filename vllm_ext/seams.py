@@ -41,6 +41,24 @@ QWEN3_MOE_BLOCK = Seam("model.qwen3_moe_block", "vllm.model_executor.models.qwen
 WORKER = (LOAD_MODEL, RELOAD_WEIGHTS, PROCESS_WEIGHTS, SELECT_EXPERTS, MOE_RUNNER, GPT_OSS_BLOCK, QWEN3_MOE_BLOCK)
 """Checked in every worker process before the model is loaded."""
 
+APPLY_EXPERTS = Seam(
+    "moe.apply", "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner._apply_quant_method", ("hidden_states", "router_logits")
+)
+STEP_SIZE = Seam("engine.step_size", "vllm.config:SchedulerConfig", ("max_num_batched_tokens",))
+EXECUTE_MODEL = Seam("worker.execute_model", "vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",))
+WARM_UP = Seam("worker.warm_up", "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model")
+DUMMY_BATCH = Seam("worker.dummy_batch", "vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch")
+ROW_ORDER = Seam("worker.row_order", "vllm.v1.worker.gpu_input_batch:InputBatch")
+NEW_REQUEST = Seam(
+    "scheduler.new_request", "vllm.v1.core.sched.output:NewRequestData",
+    ("req_id", "prompt_token_ids", "sampling_params", "num_computed_tokens"),
+)  # fmt: skip
+CACHED_REQUESTS = Seam("scheduler.cached_requests", "vllm.v1.core.sched.output:CachedRequestData", ("req_ids", "num_computed_tokens"))
+FINISHED = Seam("scheduler.finished", "vllm.v1.core.sched.output:SchedulerOutput", ("finished_req_ids",))
+EXTRA_ARGS = Seam("request.extra_args", "vllm.sampling_params:SamplingParams", ("extra_args",))
+STATISTICS = (APPLY_EXPERTS, STEP_SIZE, EXECUTE_MODEL, WARM_UP, DUMMY_BATCH, ROW_ORDER, NEW_REQUEST, CACHED_REQUESTS, FINISHED, EXTRA_ARGS)
+"""Checked in the worker that collects statistics, before the model is loaded."""
+
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 ENGINE_CORE = Seam("core.engine_core", "vllm.v1.engine.core:EngineCore")
 PREPROCESS = Seam("core.preprocess_add_request", "vllm.v1.engine.core:EngineCore.preprocess_add_request", ("request",))

@@ -23,7 +23,7 @@ from softprune.errors import RefusedError, SeamError
 from softprune.proven import only, undoing
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
-from softprune.vllm_ext import proven, routers, seams
+from softprune.vllm_ext import collector, proven, routers, seams
 from softprune.vllm_ext.flags import launch_of
 
 logger = logging.getLogger("vllm.softprune")
@@ -34,7 +34,9 @@ class ExpertMaskWorker:
 
     vllm_config: Any
     model_runner: Any
+    rank: int
     _masked: MaskedModel | None = None
+    _steps: collector.Steps | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, mask its routers before its weights are packed, and see that they obey."""
@@ -50,7 +52,25 @@ class ExpertMaskWorker:
         self._verify()
         if self._launch.debug_routes:
             self._attach_probe(model.add_probe())
+        if self._launch.stats is not None and self.rank == 0:
+            collecting = model.add_collector(collector.max_rows(self.vllm_config), seams.engine())
+            collector.attach(self._layers, collecting)
+            self._steps = collector.Steps(collecting)
         logger.info("%s", model.summary)
+
+    def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Warm up; where statistics are asked for, with a step on every rank that shows whether each router's logits are seen."""
+        result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
+        if self._launch.stats is not None:
+            self.execute_dummy_batch()  # type: ignore[attr-defined]
+        return result
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """A step; what it had is added to the statistics behind it."""
+        result = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        if self._steps is not None:
+            self._steps.launched(self.model_runner, scheduler_output)
+        return result
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Reload from a checkpoint folder, and mask again before the next step.
@@ -70,6 +90,8 @@ class ExpertMaskWorker:
         model = self._model()
         state, mask = model.routers, model.routers.mask
         incoming = fingerprint_of_checkpoint(path)
+        if model.collector is not None and incoming != model.fingerprint:
+            raise RefusedError(f"reload_weights: {path} has other routers than those that --softprune-stats collects of")
         if mask is not None and incoming != model.fingerprint:
             mask.check_fingerprint(incoming, self._launch.mask_source)
             if mask.model.fingerprint is None:
@@ -84,7 +106,7 @@ class ExpertMaskWorker:
             model.fingerprint = incoming
         except BaseException:
             # The routers are in no known state now. Nothing may be computed with them.
-            self.execute_model = self._refuse_to_serve
+            self.execute_model = self._refuse_to_serve  # type: ignore[method-assign]
             raise
 
     def softprune_status(self) -> dict[str, Any]:
@@ -115,6 +137,10 @@ class ExpertMaskWorker:
     def softprune_routes(self, reset: bool = False, trace: bool = False) -> dict[str, Any]:
         """Counts of the route probe."""
         return self._model().routes(reset, trace)
+
+    def softprune_statistics(self, action: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """Start, stop, reset or hand out statistics."""
+        return self._model().statistics(action, arguments)
 
     def _mask_routers(self, model: nn.Module) -> None:
         """Find the routers and put the mask in force."""

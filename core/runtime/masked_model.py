@@ -15,6 +15,7 @@ from softprune.control import BODY, ControlError, check_top_k
 from softprune.errors import RefusedError
 from softprune.launch import Launch
 from softprune.mask import ExpertMask
+from softprune.runtime.collector import Collector
 from softprune.runtime.route_probe import RouteProbe
 from softprune.runtime.router_mask import Router, RouterMask
 
@@ -32,6 +33,7 @@ class MaskedModel:
         routers: the routers and the mask in force.
         backend: the MoE backend in use, once the extension has found it proven.
         probe: counts what the routers select, with `launch.debug_routes`.
+        collector: of statistics, with `launch.stats`, in the one process that collects them.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class MaskedModel:
         self._hidden, self._dtype = loaded[0][0].shape[1], loaded[0][0].dtype
         self.routers = RouterMask(routers)
         self.probe: RouteProbe | None = None
+        self.collector: Collector | None = None
         if mask is not None:
             warning = mask.check_fingerprint(self.fingerprint, launch.mask_source, launch.expert_mask_force)
             if warning:
@@ -91,6 +94,22 @@ class MaskedModel:
         self.probe = RouteProbe(self.spec.num_layers, self.spec.num_experts, self.device)
         return self.probe
 
+    def add_collector(self, max_rows: int, engine: str) -> Collector:
+        """Room for statistics; the extension connects it to the routers.
+
+        Args:
+            max_rows: tokens in a step at most.
+            engine: its name and version.
+
+        Raises:
+            RefusedError: the kernel cannot take so many experts.
+        """
+        self.collector = Collector(
+            self.spec, self.fingerprint, self.launch.top_k, self.routers.mask, self.launch.num_tags, max_rows, self.device, self._dtype,
+            engine, self._log,
+        )  # fmt: skip
+        return self.collector
+
     def stage(self, text: str | None) -> dict[str, Any] | None:
         """First half of a live switch: check a mask and compute the biases under it. Nothing changes yet.
 
@@ -122,6 +141,8 @@ class MaskedModel:
         if self.probe is not None:
             self.probe.begin_epoch()
         mask = self.routers.mask
+        if self.collector is not None:
+            self.collector.begin_epoch(mask)
         self._log.info("softprune: live switch to %s", "all experts" if mask is None else f"{mask.summary}, mask {mask.hash[:19]}…")
         return self.status()
 
@@ -153,8 +174,25 @@ class MaskedModel:
             "top_k": self.launch.top_k,
             "fingerprint": self.fingerprint,
             "moe_backend": self.backend,
+            "statistics": None if self.collector is None else self.collector.status(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }
+
+    def statistics(self, action: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """A call of `Collector.call`. Never raises, as `stage`.
+
+        Returns:
+            {"answer": …} or {"refused": `ControlError.answer`}; None in a process that does not collect.
+        """
+        if self.collector is None:
+            return None
+        try:
+            return {"answer": self.collector.call(action, **arguments)}
+        except Exception as error:  # noqa: BLE001 - as in `stage`
+            known = ControlError.of(error)
+            if known.status == 500:
+                self._log.exception("softprune: statistics: %s failed", action)
+            return {"refused": known.answer}
 
     def routes(self, reset: bool = False, trace: bool = False) -> dict[str, Any]:
         """What the route probe counted; see `RouteProbe.snapshot`.

@@ -10,12 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 CONFIDENCE_BINS = 64
 """Of the largest gate, over [0, 1]."""
 GATE_UNIT = 2.0**-32
 PHASES = ("prefill", "decode")
+_HEAD = 4
+"""Places before the cells in the tensor that describes a step."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,40 @@ class RouterSums:
     coactivation: torch.Tensor
 
 
+@dataclass(frozen=True)
+class TakenSums:
+    """Sums on their way to the host, or there: exact integers that add up.
+
+    Attributes:
+        tensors: int64, in `RouterStats`' own order and shapes, in host memory.
+        copied: CUDA event after the copies, or None where they are done.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    copied: torch.cuda.Event | None = None
+
+    def added(self, more: TakenSums) -> TakenSums:
+        """Both together, in new tensors; waits until both have arrived."""
+        for one in (self, more):
+            one.wait()
+        return TakenSums(tuple(a + b for a, b in zip(self.tensors, more.tensors, strict=True)))
+
+    def wait(self) -> None:
+        """Until the copies are done."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+    def sums(self) -> RouterSums:
+        """By tag and phase; waits until they have arrived."""
+        self.wait()
+        count, gates, confidence, coactivation = self.tensors
+
+        def apart(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.view(-1, len(PHASES), *tensor.shape[1:])
+
+        return RouterSums(apart(count), apart(gates).double() * GATE_UNIT, apart(confidence), coactivation)
+
+
 class RouterStats:
     """The slab, what describes its rows, and the sums.
 
@@ -48,16 +86,20 @@ class RouterStats:
     Attributes:
         slab: [num_layers, max_rows, num_experts], the logits of a step.
         cells: int32 [max_rows]; 2 * tag + phase of each row (phase 0: prefill, 1: decode), -1 for rows that don't count.
+        max_rows: see above.
         num_rows: int32 [1]; later rows are padding. 0 switches collection off without capturing anything again.
     """
 
     def __init__(
         self, num_layers: int, num_experts: int, top_k: int, num_tags: int, max_rows: int, device: torch.device | str, dtype: torch.dtype
     ) -> None:
-        self.top_k, self._num_tags = top_k, num_tags
+        self.top_k, self.max_rows = top_k, max_rows
         self.slab = torch.zeros(num_layers, max_rows, num_experts, dtype=dtype, device=device)
-        self.cells = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
-        self.num_rows = torch.zeros(1, dtype=torch.int32, device=device)
+        # One tensor, so that one copy describes a step; cells begin where a kernel's wide loads like it.
+        self._described = torch.full((_HEAD + max_rows,), -1, dtype=torch.int32, device=device)
+        self.num_rows, self.cells = self._described[:1], self._described[_HEAD:]
+        self.num_rows.zero_()
+        self._last: NDArray[np.int32] | None = None
         cells = 2 * num_tags
 
         def zeros(*shape: int) -> torch.Tensor:
@@ -70,7 +112,22 @@ class RouterStats:
     @property
     def num_bytes(self) -> int:
         """Of device memory."""
-        return sum(tensor.nbytes for tensor in (self.slab, self.cells, self.num_rows, *self._sums))
+        return sum(tensor.nbytes for tensor in (self.slab, self._described, *self._sums))
+
+    def describe(self, cells: NDArray[np.int32]) -> None:
+        """Say which rows of the step count, on the current stream and without waiting for it.
+
+        Args:
+            cells: int32 [rows], at most `max_rows`; see `cells` above.
+        """
+        if self._last is not None and np.array_equal(cells, self._last):
+            return  # as in most steps of pure decoding
+        head = np.full(_HEAD, len(cells), np.int32)
+        described = torch.from_numpy(np.concatenate([head, cells]))
+        if self.slab.is_cuda:
+            described = described.pin_memory()  # its memory is not used again before the copy is done
+        self._described[: len(described)].copy_(described, non_blocking=True)
+        self._last = cells
 
     def add(self, rows: int) -> None:
         """Add up the first `rows` rows of the slab, less padding: on a GPU one kernel, elsewhere plain PyTorch.
@@ -101,12 +158,24 @@ class RouterStats:
 
     def read(self) -> RouterSums:
         """Copy the sums to the host; waits for what the current stream has queued."""
-        count, gates, confidence, coactivation = (tensor.cpu() for tensor in self._sums)
+        return self.copied().sums()
 
-        def apart(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.view(self._num_tags, len(PHASES), *tensor.shape[1:])
+    def copied(self) -> TakenSums:
+        """Copy the sums to the host; does not wait."""
+        if not self.slab.is_cuda:
+            return TakenSums(tuple(tensor.clone() for tensor in self._sums))
+        host = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in self._sums)
+        for to, tensor in zip(host, self._sums, strict=True):
+            to.copy_(tensor, non_blocking=True)
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return TakenSums(host, event)
 
-        return RouterSums(apart(count), apart(gates).double() * GATE_UNIT, apart(confidence), coactivation)
+    def take(self) -> TakenSums:
+        """`copied`, and back to zero: what is added after this call, on the same stream, is none of it."""
+        taken = self.copied()
+        self.reset()
+        return taken
 
     def reset(self) -> None:
         """Back to zero."""

@@ -4,25 +4,77 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from softprune.control import ENGINE_KEY_ENV
+from softprune.files import replaced_after
 from softprune.report.progress import tensor_progress
+from softprune.server_client import ServerClient
 from softprune.stats import merge as merging
 from softprune.stats import plots, tables
+from softprune.stats.errors import StatisticsError
 from softprune.stats.file import Statistics, read, read_header, write
 from softprune.stats.layout import SPECS
 from softprune.stats.summary import compare, describe, needed
 
-stats_app = typer.Typer(help="Add, show, compare and export statistics files.", no_args_is_help=True, rich_markup_mode="rich")
+stats_app = typer.Typer(
+    help="Collect statistics on a running server; add, show, compare and export their files.", no_args_is_help=True, rich_markup_mode="rich"
+)
 console = Console(highlight=False)
 
+Url = Annotated[str, typer.Option(help="The server, e.g. http://127.0.0.1:30000; started with --softprune-stats router.")]
+Key = Annotated[str | None, typer.Option(help="softprune's key; else SOFTPRUNE_KEY, else the one that a server on this machine left.")]
+EngineKey = Annotated[str | None, typer.Option(envvar=ENGINE_KEY_ENV, help="The engine's own API key, if it was started with one.")]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Statistics file.")]
 Tag = Annotated[str | None, typer.Option(help="Only this tag; without it, all together.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@stats_app.command("start")
+def stats_start(
+    url: Url, mode: Annotated[str, typer.Option(help="What to collect: router.")] = "router", key: Key = None, engine_key: EngineKey = None
+) -> None:
+    """Begin to collect on a running server."""
+    _tell(url, ServerClient(url, key, engine_key=engine_key).start_stats(mode))
+
+
+@stats_app.command("stop")
+def stats_stop(url: Url, key: Key = None, engine_key: EngineKey = None) -> None:
+    """Collect no more; what was counted stays on the server."""
+    _tell(url, ServerClient(url, key, engine_key=engine_key).stop_stats())
+
+
+@stats_app.command("reset")
+def stats_reset(url: Url, key: Key = None, engine_key: EngineKey = None) -> None:
+    """Forget what a server has counted, under all masks."""
+    _tell(url, ServerClient(url, key, engine_key=engine_key).reset_stats())
+
+
+@stats_app.command("fetch")
+def stats_fetch(
+    url: Url,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    mask: Annotated[
+        str | None, typer.Option(metavar="HASH", help='Counted under this mask ("none": under none); else the one in force.')
+    ] = None,
+    key: Key = None,
+    engine_key: EngineKey = None,
+) -> None:
+    """Download a server's statistics of one mask, and see that the file is whole."""
+    data = ServerClient(url, key, engine_key=engine_key).stats_file(mask)
+    try:
+        with replaced_after(out) as temporary:
+            temporary.write_bytes(data)
+            header = read(temporary).header
+    except OSError as error:
+        raise StatisticsError(str(out), "", error.strerror or str(error), "a place that can be written") from None
+    routed = sum(tokens.routed for tokens in header.tokens.values())
+    text = f"{out}: mask {header.mask or 'none'}, {len(header.tags)} tags, {routed:,} routed tokens"
+    console.print(text, soft_wrap=True, markup=False)
 
 
 @stats_app.command("merge")
@@ -84,6 +136,13 @@ def stats_export(file: File, parquet: Annotated[Path, typer.Option(metavar="OUT"
 
     rows = export(read(file, {name for name, spec in SPECS.items() if spec.axes.count("expert") == 1}), parquet)
     console.print(f"{parquet}: {rows:,} rows", soft_wrap=True, markup=False)
+
+
+def _tell(url: str, state: dict[str, Any]) -> None:
+    routed = sum(count["prefill"] + count["decode"] for mask in state["masks"] for count in mask["tokens"].values())
+    doing = f"collecting {state['mode']}" if state["collecting"] else "not collecting"
+    text = f"{url}: {doing}, {routed:,} routed tokens under {len(state['masks'])} masks, tags {', '.join(state['tags'])}"
+    console.print(text, soft_wrap=True, markup=False)
 
 
 def _read_needed(file: Path) -> Statistics:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from softprune.files import replaced_after
 from softprune.stats import header_rules
@@ -153,15 +153,31 @@ def write(statistics: Statistics, path: str | Path) -> None:
     """
     statistics.check()
     path = Path(path)
-    # One entry: with more, safetensors would write them in an order that changes.
-    metadata = {FORMAT: statistics.header.dump()}
     try:
         with replaced_after(path) as temporary:
-            save_file({name: np.ascontiguousarray(values) for name, values in statistics.tensors.items()}, temporary, metadata)
+            tensors, metadata = _parts(statistics)
+            save_file(tensors, temporary, metadata)
     except OSError as error:
         raise StatisticsError(str(path), "", error.strerror or str(error), "a place that can be written") from None
     except SafetensorError as error:
         raise StatisticsError(str(path), "", f"a failed write ({error})", "a place that can be written") from None
+
+
+def dump(statistics: Statistics) -> bytes:
+    """The bytes that `write` would write.
+
+    Raises:
+        StatisticsError: a rule is broken.
+    """
+    statistics.check()
+    return bytes(save(*_parts(statistics)))
+
+
+def _parts(statistics: Statistics) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Tensors and metadata, as safetensors takes them."""
+    # One entry: with more, safetensors would write them in an order that changes.
+    metadata = {FORMAT: statistics.header.dump()}
+    return {name: np.ascontiguousarray(values) for name, values in statistics.tensors.items()}, metadata
 
 
 @contextmanager

@@ -62,7 +62,8 @@ def _check_epochs(header: Header, source: str) -> None:
             number = f"one number for each of {model.num_layers} layers"
             _require(len(values) == model.num_layers, source, named, f"{len(values)} numbers", number)
             _require(all(1 <= value <= top for value in values), source, named, values, f"numbers from 1 to {top}")
-            _require(epoch.mask is not None or set(values) == {top}, source, named, values, f"{top} in every layer without a mask")
+            unpruned = epoch.mask is not None or name == "top_k" or set(values) == {top}
+            _require(unpruned, source, named, values, f"{top} in every layer without a mask")
             _require(values == getattr(first, name), source, named, values, "the same as in epochs[0]")
         fits = all(k <= n for k, n in zip(epoch.top_k, epoch.num_kept, strict=True))
         _require(fits, source, f"{field}.top_k", epoch.top_k, "at most num_kept in every layer")

@@ -26,6 +26,7 @@ from softprune.mask_forms import build
 from softprune.runtime.epochs import Epochs
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.router_mask import Router
+from softprune.runtime.tags import Tags
 from tests.unit.fake_server import Behaviour, _openai, _sglang
 
 LAYERS, EXPERTS, HIDDEN, TOP_K = 3, 8, 16, 2
@@ -71,6 +72,10 @@ class FakeEngine:
         self.step_s = (0.0, 0.0)
         self.noise: Callable[[], float] = lambda: 0.0
         self.leaves_trace = False
+        if self.launch.stats:
+            collector = self.ranks[0].add_collector(64, name)
+            for layer, router in enumerate(self.ranks[0].routers.routers):
+                collector.copy(layer, router.forward(torch.zeros(1, HIDDEN, dtype=torch.bfloat16)))
         if self.launch.debug_routes:
             self.ranks[0].add_probe()
 
@@ -158,6 +163,11 @@ class FakeControl(ControlApi):
         self.switches: list[Exception | float | None] = []
         self.asked: list[tuple[str | None, str]] = []
         self.at_once = 0
+        self.tags = Tags(engine.launch.num_tags) if engine.launch.stats else None
+
+    @staticmethod
+    def tag_places(path: str, body: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+        return [(body, "vllm_xargs")]
 
     async def launch(self, scope: Any) -> Launch:
         return self.engine.launch

@@ -1,0 +1,276 @@
+"""Router statistics of live traffic, in a real vLLM and a real SGLang on the CPU.
+
+Run alone: pytest tests/engines/test_stats.py
+Prompts of known lengths under two tags and under none, with a mask switch in between: in every layer, selections are tokens times top_k,
+for each tag, phase and mask, and all of them together are what the route probe counted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from softprune.bench.server import Server
+from softprune.mask import ExpertMask
+from softprune.server_client import ServerClient
+from softprune.stats.file import Statistics, read
+from softprune.stats.summary import complete
+from tests.conftest import random_mask, random_prompts
+from tests.engines.harness import VllmServer
+from tests.engines.test_sglang_live import generation
+from tests.engines.test_sglang_live import start as start_sglang
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+API = "/softprune/v1"
+FLAGS = ["--softprune-stats", "router", "--softprune-max-tags", "4", "--softprune-debug-routes"]
+CHUNK = 64
+TAGS = ("default", "chat", "code")
+
+
+class Engine(ABC):
+    """A server that was started with statistics, and how to ask it.
+
+    Attributes:
+        surplus: steps that may be launched of a request before the engine knows that it has ended; what they route is counted, too.
+    """
+
+    surplus = 0
+
+    def __init__(self, server: Server, mask: ExpertMask) -> None:
+        self.server, self.mask = server, mask
+        self.client = ServerClient(f"http://127.0.0.1:{server.port}", server.key)
+
+    @abstractmethod
+    def body(self, prompt: list[int], tokens: int, tag: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
+        """Path and body of a call that generates; its tag stands where the engine hands it on."""
+
+    @abstractmethod
+    def cached(self, answer: Any) -> int:
+        """Tokens of the prompt that the prefix cache answered."""
+
+    def ask(self, prompt: list[int], tokens: int, tag: Any = None, header: str | None = None, **more: Any) -> tuple[int, Any]:
+        path, body = self.body(prompt, tokens, tag, **more)
+        call = urllib.request.Request(self.client.url + path, json.dumps(body).encode(), {"content-type": "application/json"})
+        if header is not None:
+            call.add_header("X-Softprune-Tag", header)
+        try:
+            with urllib.request.urlopen(call, timeout=120) as response:
+                text = response.read()
+                return response.status, None if body.get("stream") else json.loads(text)
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def fetch(self, folder: Path, mask: str | None = None) -> Statistics:
+        file = folder / f"{mask}.safetensors"
+        file.write_bytes(self.client.stats_file(mask))
+        return read(file)
+
+
+class Vllm(Engine):
+    def body(self, prompt: list[int], tokens: int, tag: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
+        body = {"model": self.server.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}  # type: ignore[attr-defined]
+        return "/v1/completions", {**body, **({} if tag is None else {"vllm_xargs": {"softprune_tag": tag}})}
+
+    def cached(self, answer: Any) -> int:
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+class Sglang(Engine):
+    surplus = 1
+
+    def body(self, prompt: list[int], tokens: int, tag: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
+        body = {**generation(prompt, tokens), **more}
+        if tag is not None:
+            body["sampling_params"]["custom_params"] = {"softprune_tag": tag}
+        return "/generate", body
+
+    def cached(self, answer: Any) -> int:
+        return int(answer["meta_info"]["cached_tokens"])
+
+
+@pytest.fixture(scope="module", params=["vllm", "sglang"])
+def engine(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    log = tmp_path_factory.mktemp("stats") / "server.log"
+    env = {"SOFTPRUNE_TEST_STABLE_TOPK": "1"}
+    if request.param == "vllm":
+        args = ["--enable-prompt-tokens-details", "--max-num-batched-tokens", str(CHUNK), "--block-size", "32"]
+        server: Server = VllmServer(models["qwen3-moe"], *FLAGS, *args, log=log, env=env)
+    else:
+        server = start_sglang(models["qwen3-moe"], log, *FLAGS, env=env)
+    kind = Vllm if request.param == "vllm" else Sglang
+    with server:
+        server.wait_ready()
+        yield kind(server, random_mask(models["qwen3-moe"], 9, seed=5))
+        server.stop(grace=0)
+
+
+def test_before_a_start_there_is_nothing(engine: Engine) -> None:
+    assert engine.ask([1, 2, 3], 2, "chat")[0] == 200
+    state = engine.client.status()["statistics"]
+    assert (state["mode"], state["collecting"], state["masks"], state["unhooked_layers"]) == (None, False, [], [])
+    for method, path, body, expected in (
+        ("GET", "/stats", None, (404, "never_started")),
+        ("POST", "/stats/stop", None, (409, "not_collecting")),
+        ("POST", "/stats/start", {"mode": "reap"}, (400, "mode_not_yet")),
+        ("POST", "/stats/start", {"mode": "eaft"}, (400, "mode_not_yet")),
+        ("POST", "/stats/start", {"mode": "other"}, (400, "invalid_mode")),
+        ("POST", "/stats/start", None, (400, "invalid_mode")),
+    ):
+        status, answer = engine.server.request(method, API + path, body)
+        assert (status, answer["error"]["type"]) == expected
+        assert engine.server.request(method, API + path, body, key="wrong")[0] == 401
+
+
+def test_counts_are_tokens_times_top_k(engine: Engine, tmp_path: Path) -> None:
+    """By tag, phase and mask; what the prefix cache answered is not routed, and what crosses a switch counts on both of its sides."""
+    before = engine.client.routes(reset=True)["scheduled_tokens"]
+    assert engine.client.start_stats()["collecting"] is True
+    status, answer = engine.server.request("POST", API + "/stats/start", {"mode": "router"})
+    assert (status, answer["error"]["type"]) == (409, "already_collecting")
+
+    expected = {}
+    for mask in (None, engine.mask):
+        if mask is not None:
+            engine.client.put_mask(mask)
+        expected[mask.hash if mask else None] = _traffic(engine, seed=20 if mask is None else 21)
+    probed = engine.client.routes()
+    engine.client.stop_stats()
+    engine.ask([5] * 30, 3, "chat")  # not collected
+
+    top_k, total = engine.client.status()["top_k"], 0
+    for epoch, (mask_hash, tokens) in enumerate(expected.items()):
+        found = engine.fetch(tmp_path, mask_hash or "none")
+        assert found.header.mask == mask_hash
+        assert [one.epoch for one in found.header.epochs] == [epoch]
+        for tag in TAGS:
+            counted, requests = found.header.tokens[tag].model_dump(), tokens[tag].pop("requests")
+            assert 0 <= counted["decode"] - tokens[tag]["decode"] <= engine.surplus * requests
+            assert counted == {**tokens[tag], "decode": counted["decode"]}
+        routed = sum(one.routed for one in found.header.tokens.values())
+        assert routed == probed["scheduled_tokens"][epoch] - sum(before[epoch : epoch + 1])
+        assert complete(found) is True
+        count = found["router.count"]
+        for tag in TAGS:
+            place = found.tag_index(tag)
+            assert (count[place, 0].sum(-1) == tokens[tag]["prefill"] * top_k).all()
+            assert (count[place, 1].sum(-1) == found.header.tokens[tag].decode * top_k).all()
+        assert np.allclose(found["router.gate_sum"].sum(-1) * top_k, count.sum(-1), atol=1e-3)
+        if mask_hash is not None:
+            for layer in range(count.shape[2]):
+                assert count[:, :, layer, engine.mask.pruned(layer)].sum() == 0
+        assert np.array_equal(count.sum((0, 1)), np.array(probed["epochs"][str(epoch)]["counts"]))
+        total += int(count.sum())
+    assert total > 0
+    engine.client.put_mask(engine.mask)
+    status, answer = engine.server.request("GET", API + "/stats?mask=sha256:" + "0" * 64)
+    assert (status, answer["error"]["type"]) == (404, "nothing_counted")
+    engine.client.switch(None)
+
+
+def _traffic(engine: Engine, seed: int) -> dict[str, dict[str, int]]:
+    """Requests at once, under two tags and none, and one whose prompt was seen before; the tokens that are routed for each tag."""
+    expected = {tag: {"prefill": 0, "decode": 0, "cached": 0, "requests": 0} for tag in TAGS}
+    lengths = [(20, 5), (150, 9), (70, 1), (33, 12), (96, 7), (41, 3)]
+    prompts = [random_prompts(1, length, seed=100 * seed + i)[0] for i, (length, _) in enumerate(lengths)]
+    jobs = [(prompts[i], lengths[i][1], TAGS[i % 3]) for i in range(len(prompts))]
+
+    def one(job: tuple[list[int], int, str]) -> Any:
+        prompt, tokens, tag = job
+        if tag == "code":
+            return engine.ask(prompt, tokens, header=tag)
+        return engine.ask(prompt, tokens, None if tag == "default" else tag)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        answers = list(pool.map(one, jobs))
+    again = (prompts[1], 4, "chat")
+    answers.append(one(again))
+    assert engine.cached(answers[-1][1]) > 0
+    for (prompt, tokens, tag), (status, answer) in zip([*jobs, again], answers, strict=True):
+        assert status == 200, answer
+        cached = engine.cached(answer)
+        # The last token of an answer is never run.
+        for name, more in (("prefill", len(prompt) - cached), ("decode", tokens - 1), ("cached", cached), ("requests", 1)):
+            expected[tag][name] += more
+    return expected
+
+
+def test_a_request_that_crosses_a_switch_counts_on_both_sides(engine: Engine, tmp_path: Path) -> None:
+    engine.client.reset_stats()
+    engine.client.start_stats()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(engine.ask, [7] * 40, 400, "chat")
+        for mask in (engine.mask, None, engine.mask):
+            while not _routed(engine):
+                assert not running.done()
+            engine.client.switch(mask)
+        assert running.result()[0] == 200
+    files = [engine.fetch(tmp_path, mask) for mask in ("none", engine.mask.hash)]
+    engine.client.stop_stats()
+    assert sum(len(file.header.runs) for file in files) == 4
+    cached = sum(file.header.tokens["chat"].cached for file in files)
+    assert sum(file.header.tokens["chat"].routed for file in files) in range(439 - cached, 440 - cached + engine.surplus)
+    for layer in range(files[1]["router.count"].shape[2]):
+        assert files[1]["router.count"][:, :, layer, engine.mask.pruned(layer)].sum() == 0
+    engine.client.switch(None)
+
+
+def _routed(engine: Engine) -> int:
+    """Tokens routed in the epoch in force."""
+    status = engine.client.status()
+    mask = (status["mask"] or {}).get("hash")
+    tokens = [one for one in status["statistics"]["masks"] if one["mask"] == mask and one["epochs"][-1] == status["mask_epoch"]]
+    return sum(count["prefill"] + count["decode"] for one in tokens for count in one["tokens"].values())
+
+
+def test_tags_that_are_refused(engine: Engine) -> None:
+    """400, also where the answer would be a stream."""
+    known = engine.client.status()["statistics"]["tags"]
+    assert set(known) == set(TAGS)
+    assert engine.ask([1, 2], 1, "fourth")[0] == 200
+    for tag, header, kind in (
+        ("fifth", None, "too_many_tags"),
+        (None, "fifth", "too_many_tags"),
+        ("x" * 10_000, None, "invalid_tag"),
+        ("", None, "invalid_tag"),
+        (7, None, "invalid_tag"),
+        ("a\nb", None, "invalid_tag"),
+        ("chat", "code", "invalid_tag"),
+    ):
+        for stream in (False, True):
+            status, answer = engine.ask([1, 2], 1, tag, header, stream=stream)
+            assert (status, answer["error"]["type"]) == (400, kind)
+    assert engine.ask([1, 2], 2, "chat", "chat", stream=True)[0] == 200
+    assert "counted as default" not in engine.server.text()
+
+
+def test_the_command_line(engine: Engine, tmp_path: Path) -> None:
+    to = ["--url", engine.client.url, "--key", engine.server.key]
+
+    def run(*args: str, fails: bool = False) -> str:
+        command = [str(Path(sys.executable).with_name("softprune")), "stats", *args, *to]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == (2 if fails else 0), done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    run("reset")
+    assert "collecting router" in run("start")
+    assert "already_collecting" in run("start", fails=True)
+    engine.ask(random_prompts(1, 50, seed=3000)[0], 4, "code")
+    assert re.search(r"not collecting, 5[34] routed tokens under 1 masks", run("stop"))
+    file = tmp_path / "s.safetensors"
+    assert re.search("5[34] routed tokens", run("fetch", "--out", str(file)))
+    assert read(file).header.tokens["code"].prefill == 50
+    assert "nothing_counted" in run("fetch", "--out", str(file), "--mask", engine.mask.hash, fails=True)
+    assert read(file).header.tokens["code"].prefill == 50
