@@ -36,6 +36,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 API = "/softprune/v1"
 FLAGS = ["--softprune-stats", "router", "--softprune-max-tags", "4", "--softprune-debug-routes"]
 CHUNK = 64
+LONG = 1600
+"""Tokens of an answer that is still being generated when three switches are over, also on a machine with other things to do."""
 TAGS = ("default", "chat", "code")
 
 
@@ -210,7 +212,7 @@ def test_a_request_that_crosses_a_switch_counts_on_both_sides(engine: Engine, tm
     engine.client.reset_stats()
     engine.client.start_stats()
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(engine.ask, [7] * 40, 400, "chat")
+        running = pool.submit(engine.ask, [7] * 40, LONG, "chat")
         for mask in (engine.mask, None, engine.mask):
             while not _routed(engine):
                 assert not running.done()
@@ -220,7 +222,7 @@ def test_a_request_that_crosses_a_switch_counts_on_both_sides(engine: Engine, tm
     engine.client.stop_stats()
     assert sum(len(file.header.runs) for file in files) == 4
     cached = sum(file.header.tokens["chat"].cached for file in files)
-    assert sum(file.header.tokens["chat"].routed for file in files) in range(439 - cached, 440 - cached + engine.surplus)
+    assert sum(file.header.tokens["chat"].routed for file in files) in range(LONG + 39 - cached, LONG + 40 - cached + engine.surplus)
     for layer in range(files[1]["router.count"].shape[2]):
         assert files[1]["router.count"][:, :, layer, engine.mask.pruned(layer)].sum() == 0
     engine.client.switch(None)
