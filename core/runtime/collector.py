@@ -286,15 +286,12 @@ class Collector:
 
     def _close(self) -> None:
         """Keep what was counted, apart from what will be."""
-        now, self._running = self._running, None
-        if now is None:
-            return
-        if now.tokens.any() or now.cached.any():
-            self._running = now
+        now = self._running
+        if now is not None and (now.tokens.any() or now.cached.any()):
             counted = self._now(self.stats.take())
-            self._running = None
             assert counted is not None
             self._kept[self._hash] = self._with(counted)
+        self._running = None
 
     def _file(self, mask: str | None = None) -> dict[str, str]:
         if self._mode is None:

@@ -17,6 +17,7 @@ from typing import Any
 from softprune.bench.server import Server, free_port
 from softprune.mask import ExpertMask
 from tests.conftest import random_mask, random_prompts, saved
+from tests.engines.harness import API, Starts
 from tests.gpu import compare
 from tests.gpu.engines import Row, Sglang
 
@@ -24,14 +25,11 @@ HERE = Path(__file__).parent
 INSIDE = HERE / "inside_sglang"
 PYTHON = HERE.parent.parent / ".venv-sglang" / "bin" / "python"
 SGLANG = Sglang(on_gpu=False, python=str(PYTHON))
-API = "/softprune/v1"
 CHUNK = 64
 """Tokens of a prefill that are computed in one step. Prompts are multiples of it: then the same steps are taken with and without a hit."""
 TOP = 20
 PROMPTS = random_prompts(80, 128, seed=41)
 MAX_TOKENS = 4
-Starts = dict[str, tuple[dict[str, str], str]]
-"""Servers that have to refuse to start, by name: environment variables ("MASK" stands for the mask file), and what the output says."""
 
 
 def start(model: Path, log: Path, *args: str, env: dict[str, str] | None = None) -> Server:

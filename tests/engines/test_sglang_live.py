@@ -21,7 +21,8 @@ import pytest
 from softprune.bench.server import Server
 from softprune.mask import ExpertMask
 from tests.conftest import Evidence, random_mask, random_prompts
-from tests.engines.sglang_harness import API, CHUNK, TOP, Client, Pause, difference, epochs, generation, mixed_then_asked, start
+from tests.engines.harness import API
+from tests.engines.sglang_harness import CHUNK, TOP, Client, Pause, difference, epochs, generation, mixed_then_asked, start
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 SWITCHES, CLIENTS = 200, 32

@@ -28,12 +28,11 @@ from softprune.server_client import ServerClient
 from softprune.stats.file import Statistics, read
 from softprune.stats.summary import complete
 from tests.conftest import random_mask, random_prompts
-from tests.engines.harness import VllmServer
-from tests.engines.test_sglang_live import generation
-from tests.engines.test_sglang_live import start as start_sglang
+from tests.engines.harness import API, VllmServer
+from tests.engines.sglang_harness import generation
+from tests.engines.sglang_harness import start as start_sglang
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
-API = "/softprune/v1"
 FLAGS = ["--softprune-stats", "router", "--softprune-max-tags", "4", "--softprune-debug-routes"]
 CHUNK = 64
 LONG = 1600

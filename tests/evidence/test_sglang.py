@@ -18,6 +18,7 @@ from softprune.checkpoint.families import read_config, spec_of
 from softprune.mask import ExpertMask
 from softprune.mask_forms import build
 from tests.conftest import Evidence, random_mask, saved
+from tests.engines.harness import Starts, check_refused
 from tests.engines.sglang_harness import (
     HERE,
     INSIDE,
@@ -25,7 +26,6 @@ from tests.engines.sglang_harness import (
     PROMPTS,
     PYTHON,
     SGLANG,
-    Starts,
     check_routes,
     inside,
     outputs_of,
@@ -191,7 +191,7 @@ def starts(work: Path) -> dict[str, str]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", STARTS)
 def test_server_refuses_to_start(starts: dict[str, str], name: str) -> None:
-    assert STARTS[name][1] in starts[name], starts[name][-3000:]
+    check_refused(STARTS, starts, name)
 
 
 def test_offline_engine(work: Path, files: dict[str, str]) -> None:

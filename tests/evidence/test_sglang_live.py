@@ -16,7 +16,8 @@ import pytest
 
 from softprune.mask import ExpertMask
 from tests.conftest import Evidence, random_mask, random_prompts, saved
-from tests.engines.sglang_harness import API, CHUNK, Client, mixed_then_asked, start
+from tests.engines.harness import API
+from tests.engines.sglang_harness import CHUNK, Client, mixed_then_asked, start
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
