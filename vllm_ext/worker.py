@@ -23,7 +23,7 @@ from softprune.errors import RefusedError, SeamError
 from softprune.proven import only, undoing
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
-from softprune.vllm_ext import collector, proven, routers, seams
+from softprune.vllm_ext import collector, experts, proven, routers, seams
 from softprune.vllm_ext.flags import launch_of
 
 logger = logging.getLogger("vllm.softprune")
@@ -56,6 +56,8 @@ class ExpertMaskWorker:
             collecting = model.add_collector(collector.max_rows(self.vllm_config), seams.engine())
             collector.attach(self._layers, collecting)
             self._steps = collector.Steps(collecting)
+            if collecting.sampler is not None:
+                self._connect_sampler(model)
         logger.info("%s", model.summary)
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +69,9 @@ class ExpertMaskWorker:
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """A step; what it had is added to the statistics behind it."""
+        if self._steps is not None:
+            with _engine_context(self.vllm_config):
+                self._steps.begin(scheduler_output)
         result = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if self._steps is not None:
             self._steps.launched(self.model_runner, scheduler_output)
@@ -119,7 +124,8 @@ class ExpertMaskWorker:
 
     def softprune_commit(self) -> dict[str, Any]:
         """Second half: steps launched from now on run under the new mask."""
-        return self._model().commit()
+        with _engine_context(self.vllm_config):
+            return self._model().commit()
 
     def softprune_drop(self) -> None:
         """Instead of the second half."""
@@ -140,7 +146,8 @@ class ExpertMaskWorker:
 
     def softprune_statistics(self, action: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Start, stop, reset or hand out statistics."""
-        return self._model().statistics(action, arguments)
+        with _engine_context(self.vllm_config):
+            return self._model().statistics(action, arguments)
 
     def _mask_routers(self, model: nn.Module) -> None:
         """Find the routers and put the mask in force."""
@@ -148,6 +155,16 @@ class ExpertMaskWorker:
         loaded = [routers.weights(layer, self._spec) for layer in self._layers]
         attached = [routers.attach(layer, self._spec) for layer in self._layers]
         self._masked = MaskedModel(self._launch, self._spec, loaded, attached, logger)
+
+    def _connect_sampler(self, model: MaskedModel) -> None:
+        """Where more than router statistics are collected: experts that can be run, and tokens that are scored."""
+        world = self.vllm_config.parallel_config.world_size
+        if world != 1:
+            raise RefusedError(f"--softprune-stats {self._launch.stats}: found {world} processes; expected one, which has whole experts")
+        seams.check(seams.EXPERTS)
+        model.connect_experts(experts.single_experts(self._layers, model.hidden_size))
+        if self._launch.stats == "eaft" and self._steps is not None:
+            self._steps.score(self.model_runner)
 
     def _model(self) -> MaskedModel:
         if self._masked is None:

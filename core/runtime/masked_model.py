@@ -16,6 +16,7 @@ from softprune.errors import RefusedError
 from softprune.launch import Launch
 from softprune.mask import ExpertMask
 from softprune.runtime.collector import Collector
+from softprune.runtime.expert_norms import Experts
 from softprune.runtime.route_probe import RouteProbe
 from softprune.runtime.router_mask import Router, RouterMask
 
@@ -30,6 +31,7 @@ class MaskedModel:
         launch: what was asked for.
         spec: the model's shape, with its own top_k.
         fingerprint: of the routers as loaded.
+        hidden_size: width of the routers' input.
         routers: the routers and the mask in force.
         backend: the MoE backend in use, once the extension has found it proven.
         probe: counts what the routers select, with `launch.debug_routes`.
@@ -53,7 +55,7 @@ class MaskedModel:
         mask = launch.read_mask(spec)
         self.launch, self.spec, self.backend, self._log = launch, spec, "", log
         self.fingerprint = fingerprint(spec, loaded)
-        self._hidden, self._dtype = loaded[0][0].shape[1], loaded[0][0].dtype
+        self.hidden_size, self._dtype = loaded[0][0].shape[1], loaded[0][0].dtype
         self.routers = RouterMask(routers)
         self.probe: RouteProbe | None = None
         self.collector: Collector | None = None
@@ -84,7 +86,7 @@ class MaskedModel:
         if self.probe is not None:
             self.probe.enabled = False
         try:
-            self.routers.verify(self._hidden, self._dtype)
+            self.routers.verify(self.hidden_size, self._dtype)
         finally:
             if self.probe is not None:
                 self.probe.enabled = True
@@ -106,9 +108,15 @@ class MaskedModel:
         """
         self.collector = Collector(
             self.spec, self.fingerprint, self.launch.top_k, self.routers.mask, self.launch.num_tags, max_rows, self.device, self._dtype,
-            engine, self._log,
+            engine, self._log, self.launch.stats or "router", self.hidden_size,
         )  # fmt: skip
         return self.collector
+
+    def connect_experts(self, experts: Experts) -> None:
+        """Where more than router statistics are collected: what runs the engine's experts, for their norms."""
+        if self.collector is not None and self.collector.sampler is not None:
+            routers = self.routers
+            self.collector.connect(experts, lambda layer, hidden: routers.routers[layer].forward(hidden), routers.unmasked)
 
     def stage(self, text: str | None) -> dict[str, Any] | None:
         """First half of a live switch: check a mask and compute the biases under it. Nothing changes yet.
