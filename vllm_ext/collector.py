@@ -40,6 +40,13 @@ def max_rows(vllm_config: Any) -> int:
     return int(seams.attribute(vllm_config, "scheduler_config.max_num_batched_tokens", seams.STEP_SIZE.name))
 
 
+def captured_rows(vllm_config: Any) -> int:
+    """Tokens up to which a step may run as a captured graph; 0 without graphs."""
+    if seams.attribute(vllm_config, "model_config.enforce_eager", seams.CAPTURE_SIZES.name):
+        return 0
+    return max(seams.attribute(vllm_config, "compilation_config.cudagraph_capture_sizes", seams.CAPTURE_SIZES.name) or [0])
+
+
 def _copying(apply: Any, collector: Collector, position: int) -> Any:
     @functools.wraps(apply)
     def copying(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> Any:
@@ -64,10 +71,11 @@ class Steps:
 
     Args:
         collector: of this process.
+        captured_rows: tokens up to which a step may run as a captured graph.
     """
 
-    def __init__(self, collector: Collector) -> None:
-        self._collector = collector
+    def __init__(self, collector: Collector, captured_rows: int) -> None:
+        self._collector, self._captured_rows = collector, captured_rows
         self._requests: dict[str, _Request] = {}
         self._spans: list[Span] = []
 
@@ -77,8 +85,9 @@ class Steps:
         Args:
             output: vLLM's `SchedulerOutput` of the step.
         """
-        if output.total_num_scheduled_tokens:
-            self._collector.begin(output.total_num_scheduled_tokens)
+        rows = output.total_num_scheduled_tokens
+        if rows:
+            self._collector.begin(rows, captured=rows <= self._captured_rows)
 
     def launched(self, runner: Any, output: Any) -> None:
         """A step has been launched.

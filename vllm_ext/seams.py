@@ -47,6 +47,7 @@ APPLY_EXPERTS = Seam(
     "moe.apply", "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner._apply_quant_method", ("hidden_states", "router_logits")
 )
 STEP_SIZE = Seam("engine.step_size", "vllm.config:SchedulerConfig", ("max_num_batched_tokens",))
+CAPTURE_SIZES = Seam("engine.capture_sizes", "vllm.config:CompilationConfig", ("cudagraph_capture_sizes",))
 EXECUTE_MODEL = Seam("worker.execute_model", "vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",))
 WARM_UP = Seam("worker.warm_up", "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model")
 DUMMY_BATCH = Seam("worker.dummy_batch", "vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch")
@@ -82,7 +83,19 @@ SELECTING_KERNEL = Seam(
 EXPERTS = (FORWARD_SELECTED, FORWARD_SELECTING)
 """Checked where experts' norms are collected."""
 
-STATISTICS = (APPLY_EXPERTS, STEP_SIZE, EXECUTE_MODEL, WARM_UP, DUMMY_BATCH, ROW_ORDER, NEW_REQUEST, CACHED_REQUESTS, FINISHED, EXTRA_ARGS)
+STATISTICS = (
+    APPLY_EXPERTS,
+    STEP_SIZE,
+    CAPTURE_SIZES,
+    EXECUTE_MODEL,
+    WARM_UP,
+    DUMMY_BATCH,
+    ROW_ORDER,
+    NEW_REQUEST,
+    CACHED_REQUESTS,
+    FINISHED,
+    EXTRA_ARGS,
+)
 """Checked in the worker that collects statistics, before the model is loaded."""
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"

@@ -55,7 +55,7 @@ class ExpertMaskWorker:
         if self._launch.stats is not None and self.rank == 0:
             collecting = model.add_collector(collector.max_rows(self.vllm_config), seams.engine())
             collector.attach(self._layers, collecting)
-            self._steps = collector.Steps(collecting)
+            self._steps = collector.Steps(collecting, collector.captured_rows(self.vllm_config))
             if collecting.sampler is not None:
                 self._connect_sampler(model)
         logger.info("%s", model.summary)

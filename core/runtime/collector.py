@@ -12,7 +12,7 @@ import base64
 import logging
 import uuid
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -214,10 +214,17 @@ class Collector:
             self._log.error("softprune: counted without completions: %s", error)
             return ()
 
-    def begin(self, rows: int) -> None:
-        """A step of so many rows, padding left out, is about to be launched. Waits for nothing."""
+    def begin(self, rows: int, captured: bool = False, spans: Sequence[Span] | None = None) -> None:
+        """A step is about to be launched. Waits for nothing.
+
+        Args:
+            rows, captured: see `Sampler.begin`.
+            spans: as for `step`, if they are known already.
+        """
         if self._running is not None and self.sampler is not None:
-            self.sampler.begin(rows)
+            self.sampler.begin(rows, captured)
+            if spans is not None:
+                self.sampler.has(spans)
 
     def step(self, spans: Iterable[Span]) -> None:
         """A step has been launched: add up its rows. Waits for nothing.
@@ -229,7 +236,8 @@ class Collector:
             return
         spans = list(spans)
         if self.sampler is not None:
-            self.sampler.launched(spans)
+            self.sampler.launched()
+            self.sampler.has(spans)
         codes: list[int] = []
         rows: list[int] = []
         for span in spans:

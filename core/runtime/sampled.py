@@ -126,6 +126,7 @@ class Sampler:
         self._mask: str | None = None
         self._step: _Step | None = None
         self._inline: torch.Tensor | None = None
+        self._under_way = False
         self._waiting: list[_Rows] = []
         self._measured: list[tuple[Routed, _Rows]] = []
         self._token_tags: list[NDArray[np.int64]] = []
@@ -141,7 +142,7 @@ class Sampler:
 
     @property
     def measures_within(self) -> bool:
-        """Whether the step that begins measures its rows within its layers: a captured graph would pass that by."""
+        """Whether the step that is being launched measures its rows within its layers: a captured graph would pass that by."""
         return self._inline is not None
 
     def start(self, settings: Settings, mask: str | None) -> None:
@@ -175,14 +176,22 @@ class Sampler:
         self._waiting, self._measured, self._token_tags, self._token_kinds, self._queue = [], [], [], [], []
 
     @torch.inference_mode()
-    def begin(self, rows: int) -> None:
-        """A step of so many rows, padding left out, is about to be launched."""
+    def begin(self, rows: int, captured: bool = False) -> None:
+        """A step is about to be launched.
+
+        Args:
+            rows: of the step, padding left out.
+            captured: it may run as a captured graph, which keeps STEP_ROWS rows at most.
+        """
         if self.settings is None:
             return
         self._end_step()
         if self._slab.is_full or self._records.used > _WAITING_TOKENS:
             self._send()
         found = self._sampling.of(rows) if self.settings.samples else np.empty(0, np.int64)
+        if captured and len(found) > STEP_ROWS:
+            self.lost += len(found) - STEP_ROWS
+            found = self._sampling.some(found, STEP_ROWS)
         within = len(found) > STEP_ROWS
         self._inline = None
         if within:
@@ -192,6 +201,7 @@ class Sampler:
             self._inline = described.to(self._slab.hidden.device, non_blocking=True)
         self._slab.describe(found[:0] if within else found)
         self._step = _Step(found, {} if within else None)
+        self._under_way = True
 
     def take(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """A layer is given its input: keep the sampled rows, or measure them now.
@@ -202,19 +212,25 @@ class Sampler:
             logits: [rows, num_experts], of the router.
         """
         step = self._step
-        if self._inline is None or step is None or step.layers is None or _capturing(hidden):
+        if _capturing(hidden):
+            self._slab.take(layer, hidden, logits)
+        elif not self._under_way or step is None:
+            return  # no step, but a check of the routers or a warm-up
+        elif self._inline is None or step.layers is None:
             self._slab.take(layer, hidden, logits)
         else:
             width = self._slab.hidden.shape[-1]
             step.layers[layer] = self._routed(layer, hidden[self._inline, :width], logits[self._inline])
 
-    def launched(self, spans: Sequence[Span]) -> None:
-        """The step has been launched, with these requests' tokens in the order of its rows."""
-        if self.settings is None or self._step is None:
-            return
-        self._inline = None
-        self._step.spans = spans
-        self._step.records = np.full(sum(span.rows for span in spans), -1, np.int64)
+    def has(self, spans: Sequence[Span]) -> None:
+        """The step has these requests' tokens, in the order of its rows."""
+        if self._step is not None and self._step.spans is None:
+            self._step.spans = spans
+            self._step.records = np.full(sum(span.rows for span in spans), -1, np.int64)
+
+    def launched(self) -> None:
+        """The step has been launched: its layers have been given their inputs."""
+        self._inline, self._under_way = None, False
 
     def drawn(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
         """The step's next tokens.
@@ -237,16 +253,21 @@ class Sampler:
         """Prompt tokens whose log-probabilities were asked for.
 
         Args:
-            rows: int64 [n], of the step, whose predictions these are.
+            rows: int64 [n], of the step, whose predictions these are; -1 for what is not to be counted.
             logits: [n, vocabulary]; log-probabilities will do.
             tokens: integers [n], those that followed.
         """
         step = self._step
         if not self.scores or step is None or step.spans is None or not len(rows):
             return
-        tags = _tags_of_completions(step.spans)[rows]
+        tags = np.where(rows < 0, -1, _tags_of_completions(step.spans)[rows])
         if (tags >= 0).any():
             self._record(step, rows, tags, TEACHER_FORCED, token_scores(logits, tokens))
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """Of the step that is under way, if they are known."""
+        return self._step.spans or () if self._step is not None else ()
 
     @property
     def scores(self) -> bool:
@@ -264,7 +285,7 @@ class Sampler:
 
     def _end_step(self) -> None:
         """All that is to be known of the last step is known."""
-        step, self._step, self._inline = self._step, None, None
+        step, self._step, self._inline, self._under_way = self._step, None, None, False
         if step is None:
             return
         rows = self._rows_of(step)

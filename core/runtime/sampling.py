@@ -38,3 +38,7 @@ class Sampling:
         found, self._places = self._places[:taken] - self._seen, self._places[taken:]
         self._seen = end
         return found
+
+    def some(self, rows: NDArray[np.int64], number: int) -> NDArray[np.int64]:
+        """So many of these rows, at random, ascending."""
+        return np.sort(self._rng.choice(rows, number, replace=False))
