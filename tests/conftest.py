@@ -108,3 +108,8 @@ def random_prompts(number: int, length: int, seed: int = 0) -> list[list[int]]:
     """Prompts of random token ids within the vocabulary of models with random weights, special tokens left out."""
     rng = random.Random(seed)
     return [[rng.randrange(0, 480) for _ in range(length)] for _ in range(number)]
+
+
+def prompts_for(model: str, number: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Prompts for one of `models`, or for what was made of it and is named after it: text for the trained one, else random ids."""
+    return (heldout_prompts if model.startswith("gpt-oss") else random_prompts)(number, length, seed)
