@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from softprune.bench.tiny import CONTEXT, PACKS
 from softprune.errors import InputError
+from softprune.evaluate import packing
 from softprune.evaluate.packing import UNION, Blocks, pack_rows, read_rows, union
 
 
@@ -49,8 +49,5 @@ def heldout_blocks(folder: Path, tokenizer: Any, num_blocks: int | None, seq_len
 
 
 def block_hashes(blocks: Blocks) -> list[str]:
-    """16 hexadecimal digits for each block, over its ids and its mask."""
-    return [
-        hashlib.sha256(ids.astype("<i4").tobytes() + keep.tobytes()).hexdigest()[:16]
-        for ids, keep in zip(blocks.ids, blocks.keep, strict=True)
-    ]
+    """The first 16 hexadecimal digits of each block's hash."""
+    return [digest[:16] for digest in packing.block_hashes(blocks)]

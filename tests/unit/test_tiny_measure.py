@@ -243,5 +243,7 @@ def test_heldout_blocks_are_those_that_the_committed_figures_are_of() -> None:
         assert (blocks.num_kept, blocks.rows_seen, blocks.rows_sha256) == tuple(
             recorded[name] for name in ("kept_tokens", "rows_seen", "rows_sha256")
         ), pack
+    ngram = json.loads((TINY.parent / "results" / "tiny_ngram.json").read_text(encoding="utf-8"))["packs"]
+    assert all([digest for digest, *_ in ngram[pack]["blocks"]][:48] == block_hashes(blocks) for pack, blocks in found.items())
     compared = json.loads((TINY.parent / "results" / "tiny_vllm_cpu.json").read_text(encoding="utf-8"))["packs"]
     assert {pack: int(found[pack].keep[:12].sum()) for pack in PACKS} == {pack: one["completion_tokens"] for pack, one in compared.items()}
