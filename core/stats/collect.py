@@ -188,12 +188,11 @@ class Collection:
                 for one in sent:
                     one.result()
                     advance(1)
-            except KeyboardInterrupt as error:
+            except BaseException as error:
+                pool.shutdown(cancel_futures=True)
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
                 interrupted = error
-                pool.shutdown(cancel_futures=True)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
         # They were begun in order, so those that were not cancelled come before those that were.
         return first + sum(not one.cancelled() and one.result() is None for one in sent), interrupted
 
