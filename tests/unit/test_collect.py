@@ -271,11 +271,7 @@ def test_requests_of_others_are_counted_apart(start: Start, packs: dict[str, Blo
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--mode", "reap"), "HTTP 400 mode_not_yet"),
-        (
-            ("--mode", "eaft", "--sample", "1/16", "--attribution", "target"),
-            "found {'mode': 'eaft', 'sample': 16, 'attribution': 'target'}",
-        ),
+        (("--mode", "reap"), "HTTP 4"),
         (("--sample", "16"), "--sample: found '16'; expected 1/N, e.g. 1/16"),
         (("--sample", "1/0"), "--sample: found '1/0'"),
         (("--num-blocks", 100_000), "expected 100000 blocks of 32 tokens"),
@@ -322,6 +318,25 @@ def test_another_collection_does_not_go_on(start: Start, packs: dict[str, Blocks
     with pytest.raises(StatisticsError, match=r"s\.parts: found something without state\.json in it"):
         collection(server, packs, out)
     assert sorted([*(path.name for path in (tmp_path / "s.parts").iterdir()), "state.json"]) == kept
+
+
+def test_what_is_asked_of_the_server(start: Start, packs: dict[str, Blocks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mode, sampling and attribution as given; what was not given is left to the server, whose refusal leaves nothing behind."""
+    asked: list[Any] = []
+
+    def refusing(client: ServerClient, method: str, path: str, body: bytes | None = None, timeout: float | None = None) -> Any:
+        if path != "/stats/start":
+            return answer(client, method, path, body, timeout)
+        asked.append(json.loads(body or b""))
+        raise ServerCallError(client.url, 409, "refused", "not this")
+
+    answer = ServerClient._object
+    monkeypatch.setattr(ServerClient, "_object", refusing)
+    for mode, sample, attribution in (("router", None, None), ("reap", 8, None), ("eaft", 1, "target")):
+        with pytest.raises(ServerCallError, match="409 refused: not this"):
+            collection(start(), packs, tmp_path / "s", mode=mode, sample=sample, attribution=attribution).run(lambda number: None)
+    assert asked == [{"mode": "router"}, {"mode": "reap", "sample": 8}, {"mode": "eaft", "sample": 1, "attribution": "target"}]
+    assert list(tmp_path.iterdir()) == []
 
 
 class _Asked:
