@@ -134,6 +134,8 @@ def stats_collect(
         if isinstance(error, KeyboardInterrupt):
             raise typer.Exit(130) from None
         raise
+    if collection.lost_samples:
+        console.print(f"warning: {collection.lost_samples:,} tokens were to be sampled, and could not be", soft_wrap=True)
     counted = ", ".join(f"{tag} {header.tokens[tag].routed:,}" for tag in header.tags if header.tokens[tag].routed)
     console.print(f"{out}: mask {header.mask or 'none'}, {len(header.runs)} runs, routed tokens: {counted}", soft_wrap=True, markup=False)
 

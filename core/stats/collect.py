@@ -96,6 +96,11 @@ class Collection:
         """Blocks that were drained, by this command or one that was interrupted."""
         return self._state.done
 
+    @property
+    def lost_samples(self) -> int:
+        """Tokens in drained blocks that were to be sampled, and could not be."""
+        return sum(part.lost_samples for part in self._state.parts)
+
     def run(self, advance: Callable[[int], None]) -> Statistics:
         """Replay what is not done, and write the output.
 
@@ -152,9 +157,9 @@ class Collection:
             self._state = self.folder.save(self._state.model_copy(update={"run": run.id}))
             stop, interrupted = self._send(first, min(first + self._options.blocks_a_part, len(self._jobs)), advance)
         finally:
-            self._client.stop_stats()
+            stopped = self._client.stop_stats()
         if stop > first:
-            self._drain(first, stop)
+            self._drain(first, stop, stopped.get("lost_samples", 0))
         self._client.reset_stats()
         if interrupted is not None:
             raise interrupted
@@ -201,7 +206,7 @@ class Collection:
         spans = None if self._options.mode == "router" else completion_ranges(blocks.keep[block])
         self._replay.send(blocks.ids[block].tolist(), tag, spans)
 
-    def _drain(self, first: int, stop: int) -> None:
+    def _drain(self, first: int, stop: int, lost: int) -> None:
         """Write what the server counted of blocks [first, stop).
 
         Raises:
@@ -214,7 +219,7 @@ class Collection:
         header = statistics.header.model_copy(update={"data_sets": data_sets})
         file = self.folder.part(len(self._state.parts) + 1)
         write(Statistics(header, statistics.tensors, str(file)), file)
-        part = Part(file=file.name, first=first, stop=stop, runs=[run.id for run in header.runs])
+        part = Part(file=file.name, first=first, stop=stop, runs=[run.id for run in header.runs], lost_samples=lost)
         self._state = self.folder.save(self._state.model_copy(update={"parts": [*self._state.parts, part], "run": None}))
 
     def _check(self, header: Header, sent: Counter[str]) -> None:

@@ -53,7 +53,14 @@ class Asked(BaseModel):
 
 
 class Part(BaseModel):
-    """A drained part: its file's name, the blocks [first, stop) in the order of sending, and the runs in it."""
+    """A drained part.
+
+    Attributes:
+        file: its name.
+        first, stop: the blocks [first, stop) in the order of sending.
+        runs: those in it.
+        lost_samples: tokens that were to be sampled, and could not be.
+    """
 
     model_config = _STRICT
 
@@ -61,6 +68,7 @@ class Part(BaseModel):
     first: int
     stop: int
     runs: list[str]
+    lost_samples: int
 
 
 class State(BaseModel):

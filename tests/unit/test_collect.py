@@ -212,6 +212,13 @@ def test_killed_while_it_was_starting(start: Start, packs: dict[str, Blocks], tm
     check(collection(server, packs, tmp_path / "s").run(lambda number: None), packs)
 
 
+def test_lost_samples_are_told(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = ServerClient.stop_stats
+    monkeypatch.setattr(ServerClient, "stop_stats", lambda client: {**stop(client), "lost_samples": 7})
+    code, output = cli(start(), tmp_path / "s")
+    assert (code, "warning: 21 tokens were to be sampled, and could not be" in output) == (0, True)
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_statistics_of_others_are_left_alone(start: Start, packs: dict[str, Blocks], tmp_path: Path, stopped: bool) -> None:
     server = start()
