@@ -22,7 +22,7 @@ from softprune.errors import MaskError, RefusedError
 from softprune.launch import Launch
 from softprune.mask import MAX_BYTES, ExpertMask, decode_json
 from softprune.mask_state import kept_after
-from softprune.metrics import mask_metrics
+from softprune.metrics import mask_metrics, stats_metrics
 from softprune.request_tags import with_tags
 from softprune.response_epochs import PATHS, naming_epochs
 from softprune.runtime.collector import file_of
@@ -37,6 +37,9 @@ CALLS = (
     "POST stats/start", "POST stats/stop", "POST stats/reset", "GET stats",
 )  # fmt: skip
 """Everything that is answered; each asks for the key."""
+METRICS = "/metrics"
+"""Where both engines let Prometheus read."""
+SCRAPE_SECONDS = 1.0
 _MAX_DEPTH = 50
 
 
@@ -60,6 +63,8 @@ class ControlApi(ABC):
         self.tags: Tags | None = None
         self._switching = asyncio.Lock()
         self._switches: set[asyncio.Task[dict[str, Any]]] = set()
+        self._scrape: asyncio.Task[None] | None = None
+        self._scraped = 0.0
 
     @abstractmethod
     async def launch(self, scope: Any) -> Launch:
@@ -121,6 +126,8 @@ class ControlApi(ABC):
                     return
             if path in PATHS:
                 send = naming_epochs(send, self.finished)
+            if path.rstrip("/") == METRICS and self.tags is not None:
+                await self._count_for_prometheus(scope)
         await self.app(scope, receive, send)
 
     async def _answer(self, scope: Any, receive: Any, path: str) -> tuple[int, Any]:
@@ -242,7 +249,27 @@ class ControlApi(ABC):
             raise ControlError(500, "ranks_disagree", f"{len(answers)} processes collect statistics; expected one")
         if "refused" in answers[0]:
             raise_answer(answers[0]["refused"])
+        if action != "file":
+            stats_metrics().counted(answers[0]["answer"])
         return answers[0]["answer"]
+
+    async def _count_for_prometheus(self, scope: Any) -> None:
+        """Before /metrics is read: ask what was counted, as `GET status` does, once in `SCRAPE_SECONDS` at most.
+
+        A step is told nothing for it. An engine that does not answer in time is not waited for: the figures are then those of before.
+        """
+        if self._scrape is None or (self._scrape.done() and time.monotonic() - self._scraped > SCRAPE_SECONDS):
+            # Never cancelled: engines' calls to their processes may not survive it.
+            self._scrape, self._scraped = asyncio.create_task(self._scrape_statistics(scope)), time.monotonic()
+        await asyncio.wait({self._scrape}, timeout=SCRAPE_SECONDS)
+
+    async def _scrape_statistics(self, scope: Any) -> None:
+        try:
+            for status in await self.ask(scope, "status"):
+                if status["statistics"] is not None:
+                    stats_metrics().counted(status["statistics"])
+        except Exception:
+            self.log.exception("softprune: no statistics for Prometheus")
 
     async def _check_stats(self, scope: Any) -> None:
         if (await self.launch(scope)).stats is None:

@@ -23,12 +23,12 @@ from tests.engines.sglang_harness import (
     HERE,
     INSIDE,
     MAX_TOKENS,
-    PROMPTS,
     PYTHON,
     SGLANG,
     check_routes,
     inside,
     outputs_of,
+    prompts,
     run_tests_inside,
 )
 from tests.gpu import compare
@@ -100,8 +100,8 @@ def runs(work: Path, files: dict[str, str]) -> dict[str, Any]:
         with SGLANG.start(row, work, files, free_port(), env) as server:
             server.wait_ready()
             # Many prompts in batches for the routes, a few one by one for the comparisons.
-            prompts, batch = (PROMPTS, 16) if row.probe else (PROMPTS[:12], 1)
-            result = SGLANG.examine(row, server, prompts, batch, MAX_TOKENS)
+            number, batch = (None, 16) if row.probe else (12, 1)
+            result = SGLANG.examine(row, server, prompts(row.model)[:number], batch, MAX_TOKENS)
             server.stop(grace=0)
             return result
 
