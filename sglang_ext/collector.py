@@ -100,12 +100,13 @@ def _span(request: Any, collector: Collector, first: int, rows: int) -> Span:
     prompt = len(request.origin_input_ids)
     completions = collector.completions((request.sampling_params.custom_params or {}).get(SPANS_KEY))
     answered = len(request.output_ids)
-    setattr(request, _DRAWN, answered + 1)
-    return Span(_tag(request, collector, first), prompt, first, rows, prompt + answered, request.rid, completions)
+    setattr(request, _DRAWN, answered)
+    known = max(prompt + answered, _drawing_from(request))
+    return Span(_tag(request, collector, first), prompt, first, rows, known, request.rid, completions)
 
 
 def _drawing_from(request: Any) -> int:
-    """`Span.known` of a request that decodes: whether what is drawn is still a token of its answer.
+    """0, or more than any request has tokens if what is drawn is no token of its answer any more; see `Span.known`.
 
     SGLang launches a step before it knows the token of the last one, so a request may be in a step after its end; of the longest
     answer that was asked for, that is known here.
