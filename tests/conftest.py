@@ -62,11 +62,12 @@ def evidence(request: pytest.FixtureRequest) -> Evidence:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """gpt-oss in both storage forms and Qwen3-MoE, all tiny."""
+    """gpt-oss in both storage forms, Qwen3-MoE and Mixtral, all tiny."""
     root = tmp_path_factory.mktemp("models")
     synth_checkpoint("tiny", root / "gpt-oss", "bf16", seed=1)
     synth_checkpoint("tiny", root / "gpt-oss-mxfp4", "mxfp4", seed=1)
     synth_checkpoint("qwen3-moe-tiny", root / "qwen3-moe", "bf16", seed=1)
+    synth_checkpoint("mixtral-tiny", root / "mixtral", "bf16", seed=1)
     return {path.name: path for path in root.iterdir()}
 
 
