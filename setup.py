@@ -12,6 +12,7 @@ PACKAGES = {
     "softprune.runtime": "core/runtime",
     "softprune.report": "core/report",
     "softprune.evaluate": "core/evaluate",
+    "softprune.rank": "core/rank",
     "softprune.stats": "core/stats",
     "softprune.bench": "bench",
     "softprune.bench.tiny": "bench/tiny",
