@@ -1,4 +1,4 @@
-"""`softprune.rank`: from statistics, a checkpoint or a foreign ranking to scores."""
+"""`softprune.ranking`: from statistics, a checkpoint or a foreign ranking to scores."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from softprune.errors import shortened
 from softprune.mask import MaskModel
-from softprune.rank.criterion import Criterion, Source
-from softprune.rank.errors import RankError
-from softprune.rank.registry import ALIASES, criterion
-from softprune.rank.scores import Scores
-from softprune.rank.tags import TagWeights
+from softprune.ranking.criterion import Criterion, Source
+from softprune.ranking.errors import RankError
+from softprune.ranking.registry import ALIASES, criterion
+from softprune.ranking.scores import Scores
+from softprune.ranking.tags import TagWeights
 from softprune.stats import file as stats_file
 from softprune.stats.file import Statistics
 from softprune.stats.merge import merge_files
@@ -40,7 +40,7 @@ def rank(
 
     Args:
         stats: statistics, a file of them, or several, which are added; for the methods that rank by statistics.
-        method: name of the criterion, e.g. "reap"; see `softprune.rank.registry.CRITERIA`.
+        method: name of the criterion, e.g. "reap"; see `softprune.ranking.registry.CRITERIA`.
         model: the model, where neither statistics nor a checkpoint says it; compared with the statistics' where they do.
         checkpoint: folder of the model, for `weights`; its shape serves the methods that need no more.
         ranking: file of a foreign ranking, for `topical`.

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from softprune.rank.columns import TENSORS, columns
-from softprune.rank.criterion import PARAMETERS, FromStatistics, Scored, Source
-from softprune.rank.eaft_regions import REGIONS, Axis, shares
-from softprune.rank.errors import RankError
-from softprune.rank.tags import TagWeights, by_tag, combine
+from softprune.ranking.columns import TENSORS, columns
+from softprune.ranking.criterion import PARAMETERS, FromStatistics, Scored, Source
+from softprune.ranking.eaft_regions import REGIONS, Axis, shares
+from softprune.ranking.errors import RankError
+from softprune.ranking.tags import TagWeights, by_tag, combine
 from softprune.stats.file import Statistics
 from softprune.stats.header import KINDS
 
@@ -30,7 +30,7 @@ class EaftReap(FromStatistics):
     """The defaults are the study's.
 
     Attributes:
-        rule: "code" or "policy", see `softprune.rank.eaft_regions`.
+        rule: "code" or "policy", see `softprune.ranking.eaft_regions`.
         form: "sum", which the study's fixed version ranks by, or "mean" over the tokens that chose the expert.
         kind: p of given tokens, or of tokens that the model drew.
         cc_quantile: p_lo and h_lo are the values below which this share of the tokens lies.

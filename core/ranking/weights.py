@@ -19,8 +19,8 @@ from softprune.checkpoint.families import Family, family_of, read_config, spec_o
 from softprune.checkpoint.headers import TensorIndex
 from softprune.checkpoint.mxfp4 import dequantize
 from softprune.errors import CheckpointError
-from softprune.rank.criterion import PARAMETERS, Scored, Source
-from softprune.rank.errors import RankError
+from softprune.ranking.criterion import PARAMETERS, Scored, Source
+from softprune.ranking.errors import RankError
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _KEYS = {

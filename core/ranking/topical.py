@@ -8,8 +8,8 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from softprune.mask_forms import ranking_of
-from softprune.rank.criterion import PARAMETERS, Scored, Source
-from softprune.rank.errors import RankError
+from softprune.ranking.criterion import PARAMETERS, Scored, Source
+from softprune.ranking.errors import RankError
 
 
 @dataclass(frozen=True, config=PARAMETERS)

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from softprune.rank.criterion import PARAMETERS, Scored, Source
+from softprune.ranking.criterion import PARAMETERS, Scored, Source
 
 
 @dataclass(frozen=True, config=PARAMETERS)

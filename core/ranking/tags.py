@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softprune.errors import shortened
-from softprune.rank.errors import RankError
+from softprune.ranking.errors import RankError
 from softprune.stats.file import Statistics
 
 Values = NDArray[np.float64]

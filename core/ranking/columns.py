@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from softprune.rank.tags import TagWeights, combine
+from softprune.ranking.tags import TagWeights, combine
 from softprune.stats.file import Statistics
 
 TENSORS = ("router.count", "router.gate_sum", "reap.count", "reap.norm_sum", "reap.gate_norm_sum")

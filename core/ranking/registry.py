@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from softprune.rank.criterion import Criterion, build
-from softprune.rank.eaft_reap import EaftReap
-from softprune.rank.ean import Ean
-from softprune.rank.errors import RankError
-from softprune.rank.frequency import Frequency
-from softprune.rank.gate_mass import GateMass
-from softprune.rank.random_order import Random
-from softprune.rank.reap import Reap
-from softprune.rank.reap_sum import ReapSum
-from softprune.rank.topical import Topical
-from softprune.rank.weights import Weights
+from softprune.ranking.criterion import Criterion, build
+from softprune.ranking.eaft_reap import EaftReap
+from softprune.ranking.ean import Ean
+from softprune.ranking.errors import RankError
+from softprune.ranking.frequency import Frequency
+from softprune.ranking.gate_mass import GateMass
+from softprune.ranking.random_order import Random
+from softprune.ranking.reap import Reap
+from softprune.ranking.reap_sum import ReapSum
+from softprune.ranking.topical import Topical
+from softprune.ranking.weights import Weights
 
 CRITERIA: dict[str, type[Criterion]] = {
     "frequency": Frequency, "gate_mass": GateMass, "reap": Reap, "reap_sum": ReapSum, "ean": Ean, "eaft_reap": EaftReap,

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from softprune.errors import shortened
 from softprune.files import write_whole
 from softprune.mask import MaskModel
-from softprune.rank.errors import RankError
-from softprune.rank.scores import Scores
+from softprune.ranking.errors import RankError
+from softprune.ranking.scores import Scores
 from softprune.yaml_file import read_yaml
 
 KIND: Final = "reap_scores"

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic.dataclasses import dataclass
 
-from softprune.rank.columns import TENSORS, columns
-from softprune.rank.criterion import PARAMETERS, FromStatistics, Scored, Source
-from softprune.rank.tags import by_tag, combine
+from softprune.ranking.columns import TENSORS, columns
+from softprune.ranking.criterion import PARAMETERS, FromStatistics, Scored, Source
+from softprune.ranking.tags import by_tag, combine
 from softprune.stats.header import PHASES
 
 

@@ -13,8 +13,8 @@ from pydantic import ConfigDict, ValidationError
 
 from softprune.errors import shortened
 from softprune.mask import MaskModel
-from softprune.rank.errors import RankError
-from softprune.rank.tags import TagWeights
+from softprune.ranking.errors import RankError
+from softprune.ranking.tags import TagWeights
 from softprune.stats.file import Statistics
 
 Values = NDArray[np.float64]

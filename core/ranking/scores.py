@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from softprune.mask import MaskModel
-from softprune.rank.criterion import Values
+from softprune.ranking.criterion import Values
 from softprune.stats.figures import ranking
 
 
