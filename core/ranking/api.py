@@ -1,4 +1,4 @@
-"""`softprune.ranking`: from statistics, a checkpoint or a foreign ranking to scores."""
+"""`softprune.rank`: from statistics, a checkpoint or a foreign ranking to scores."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def select(
     """Choose the experts that stay.
 
     Args:
-        scores: from `softprune.ranking`, or a scores file.
+        scores: from `softprune.rank`, or a scores file.
         keep, keep_frac, compression_ratio, rounding, by_layer, minimum, maximum: see `Budget`; with a union, the number is a cap.
         keep_multiple: see `Budget.multiple`; without it, what `backend` needs.
         backend: MoE backend that is to run the smaller model.
