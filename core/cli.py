@@ -25,8 +25,10 @@ from softprune.checkpoint.presets import PRESETS
 from softprune.errors import CheckpointError, MaskError, SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
+from softprune.ranking.cli import rank_command
 from softprune.report.keep_map import keep_map
 from softprune.report.progress import tensor_progress
+from softprune.selection.cli import select_command
 from softprune.server_cli import selftest, server_app
 from softprune.stats.cli import stats_app
 
@@ -54,6 +56,8 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(server_app, name="server")
 app.add_typer(stats_app, name="stats")
 app.command("selftest")(selftest)
+app.command("rank")(rank_command)
+app.command("select")(select_command)
 console = Console(highlight=False)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]

@@ -29,8 +29,7 @@ from softprune.yaml_file import read_yaml
 KIND: Final = "reap_scores"
 SCHEMA: Final = 1
 _EXPECTED = "a scores file"
-# Longer than the words that YAML reads as true or false.
-_PLAIN_KEY = re.compile(r"[a-z][a-zA-Z0-9_]{5,}")
+_PLAIN_KEY = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)$)[a-z][a-z0-9_]*", re.IGNORECASE)
 
 
 def dump(scores: Scores) -> str:
