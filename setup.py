@@ -13,6 +13,7 @@ PACKAGES = {
     "softprune.report": "core/report",
     "softprune.evaluate": "core/evaluate",
     "softprune.ranking": "core/ranking",
+    "softprune.recipe": "core/recipe",
     "softprune.selection": "core/selection",
     "softprune.stats": "core/stats",
     "softprune.bench": "bench",

@@ -27,6 +27,7 @@ from softprune.errors import CheckpointError, MaskError, SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
 from softprune.ranking.cli import rank_command
+from softprune.recipe import cli as recipe_cli
 from softprune.report.keep_map import keep_map
 from softprune.report.progress import tensor_progress
 from softprune.report.sizes import readable
@@ -60,6 +61,9 @@ app.add_typer(stats_app, name="stats")
 app.command("selftest")(selftest)
 app.command("rank")(rank_command)
 app.command("select")(select_command)
+app.command("prune")(recipe_cli.prune_command)
+app.command("run")(recipe_cli.run_command)
+app.command("lock")(recipe_cli.lock_command)
 app.command("rewrite")(rewrite_cli.rewrite_command)
 app.command("verify")(rewrite_cli.verify_command)
 app.command("plan")(rewrite_cli.plan_command)

@@ -66,11 +66,16 @@ def rank(
         raise RankError(method, "scores", "values that are not finite", "a finite score for every expert")
     if ranking is not None and chosen.reads == "ranking":
         inputs = {"ranking": {"file": Path(ranking).name, "sha256": sha256_of(Path(ranking))}}
-    said: dict[str, Any] = asdict(chosen) if is_dataclass(chosen) and not isinstance(chosen, type) else {}
     return Scores(
         ALIASES.get(method, method), known, found.values, found.score_key, found.definition,
-        {**said, "tags": dict(weights.weights), "normalise_tags": normalise_tags}, inputs, found.found, found.columns, found.by_tag,
+        parameters_said(chosen, weights), inputs, found.found, found.columns, found.by_tag,
     )  # fmt: skip
+
+
+def parameters_said(chosen: Criterion, tags: TagWeights) -> dict[str, Any]:
+    """All parameters of a ranking, defaults too, as a scores file holds them."""
+    own: dict[str, Any] = asdict(chosen) if is_dataclass(chosen) and not isinstance(chosen, type) else {}
+    return {**own, "tags": dict(tags.weights), "normalise_tags": tags.normalise}
 
 
 def model_of_checkpoint(folder: Path) -> MaskModel:

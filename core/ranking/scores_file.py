@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from softprune import __version__
 from softprune.errors import shortened
 from softprune.files import write_whole
 from softprune.mask import MaskModel
@@ -37,6 +38,11 @@ def dump(scores: Scores) -> str:
     return "\n".join(_lines(scores)) + "\n"
 
 
+def named(scores: Scores, path: str | Path) -> Scores:
+    """The scores, knowing the file that they are going to be in, and its hash."""
+    return replace(scores, source=str(path), digest=_digest(dump(scores).encode()))
+
+
 def write(scores: Scores, path: str | Path) -> Scores:
     """Write a file; it appears whole or not at all.
 
@@ -46,12 +52,11 @@ def write(scores: Scores, path: str | Path) -> Scores:
     Raises:
         RankError: the file cannot be written.
     """
-    text = dump(scores)
     try:
-        write_whole(Path(path), text)
+        write_whole(Path(path), dump(scores))
     except OSError as error:
         raise RankError(str(path), "", error.strerror or str(error), "a place that can be written") from None
-    return replace(scores, source=str(path), digest=_digest(text.encode()))
+    return named(scores, path)
 
 
 def read(path: str | Path, model: MaskModel | None = None) -> Scores:
@@ -85,6 +90,11 @@ def read(path: str | Path, model: MaskModel | None = None) -> Scores:
     return scores
 
 
+def is_current(path: Path) -> bool:
+    """Whether a file that can be read was written by this version of softprune, as it would write it."""
+    return dump(read(path)) == path.read_text(encoding="utf-8")
+
+
 def _lines(scores: Scores) -> Iterator[str]:
     """Block style outside, flow style (which is JSON) inside: one line for each expert."""
     yield f"schema_version: {SCHEMA}"
@@ -96,7 +106,7 @@ def _lines(scores: Scores) -> Iterator[str]:
     ):  # fmt: skip
         yield f"{name}: {_flow(value)}"
     yield "softprune:"
-    yield "  version: 1"
+    yield f"  version: {_flow(__version__)}"
     yield f"  model: {_flow(scores.model.model_dump())}"
     yield f"  parameters: {_flow(dict(scores.parameters))}"
     yield "  by_tag:" if scores.by_tag else "  by_tag: {}"
