@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -112,6 +112,7 @@ def build(name: str, kind: type[Criterion], parameters: Mapping[str, Any]) -> Cr
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != kind.__name__)
         found = "an unknown parameter" if first["type"] in ("unexpected_keyword_argument", "extra_forbidden") else shortened(first["input"])
-        known = ", ".join(getattr(kind, "__dataclass_fields__", {})) or "none, since it takes no parameters"
-        expected = f"one of {known}" if found == "an unknown parameter" else first["msg"].removeprefix("Input should be ")
+        known: list[str] = [one.name for one in fields(kind)] if is_dataclass(kind) else []
+        names = f"one of {', '.join(known)}" if known else "none, since it takes no parameters"
+        expected = names if found == "an unknown parameter" else first["msg"].removeprefix("Input should be ")
         raise RankError(f"method {name}", place, found, expected) from None
