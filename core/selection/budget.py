@@ -115,11 +115,12 @@ def spread(neff: Sequence[float], total: int, low: int, high: int) -> list[int]:
     mean = sum(floored) / len(floored)
     counts = [min(max(round(total / len(floored) * value / mean), low), high) for value in floored]
     order = sorted(range(len(floored)), key=lambda layer: (-floored[layer], layer))
-    while (missing := total - sum(counts)) != 0:
+    while missing := total - sum(counts):
         step = 1 if missing > 0 else -1
-        for layer in (order if step > 0 else order[::-1])[: abs(missing)]:
-            if low <= counts[layer] + step <= high:
-                counts[layer] += step
+        # The total lies between the limits, so that some layer can always take the step.
+        movable = [layer for layer in order[::step] if low <= counts[layer] + step <= high]
+        for layer in movable[: abs(missing)]:
+            counts[layer] += step
     return counts
 
 
