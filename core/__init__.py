@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softprune.checkpoint.rewrite import rewrite as rewrite
+    from softprune.ranking.api import rank as rank
+    from softprune.recipe.prune import prune as prune
+    from softprune.selection.select import select as select
 
 __version__ = "0.1.0"
 
-_API = {"rewrite": "softprune.checkpoint.rewrite"}
+_API = {
+    "prune": "softprune.recipe.prune",
+    "rank": "softprune.ranking.api",
+    "rewrite": "softprune.checkpoint.rewrite",
+    "select": "softprune.selection.select",
+}
 """Functions of the package itself; imported when asked for, since a server imports this package and needs none of them."""
 
 

@@ -26,9 +26,12 @@ from softprune.checkpoint.presets import PRESETS
 from softprune.errors import CheckpointError, MaskError, SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
+from softprune.ranking.cli import rank_command
+from softprune.recipe import cli as recipe_cli
 from softprune.report.keep_map import keep_map
 from softprune.report.progress import tensor_progress
 from softprune.report.sizes import readable
+from softprune.selection.cli import select_command
 from softprune.server_cli import selftest, server_app
 from softprune.stats.cli import stats_app
 
@@ -56,6 +59,11 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(server_app, name="server")
 app.add_typer(stats_app, name="stats")
 app.command("selftest")(selftest)
+app.command("rank")(rank_command)
+app.command("select")(select_command)
+app.command("prune")(recipe_cli.prune_command)
+app.command("run")(recipe_cli.run_command)
+app.command("lock")(recipe_cli.lock_command)
 app.command("rewrite")(rewrite_cli.rewrite_command)
 app.command("verify")(rewrite_cli.verify_command)
 app.command("plan")(rewrite_cli.plan_command)

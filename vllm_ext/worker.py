@@ -159,6 +159,9 @@ class ExpertMaskWorker:
         world = self.vllm_config.parallel_config.world_size
         if world != 1:
             raise RefusedError(f"--softprune-stats {self._launch.stats}: found {world} processes; expected one, which has whole experts")
+        if seams.platform() == "cpu" and not self.vllm_config.model_config.enforce_eager:
+            # There, vLLM's compiler looks into the op that the hook stands in.
+            raise RefusedError(f"--softprune-stats {self._launch.stats}: found a compiled model on a CPU; expected --enforce-eager")
         seams.check(seams.EXPERTS)
         model.connect_experts(experts.single_experts(self._layers, model.hidden_size), partial(_engine_context, self.vllm_config))
         if self._launch.stats == "eaft" and self._steps is not None:

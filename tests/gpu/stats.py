@@ -79,7 +79,7 @@ class Trial:
         print(f"{self.left:.0f} s left: {text}", flush=True)
 
     def start(self, name: str, model: str, *args: str, patched: bool = True) -> Server:
-        row = Row(name, model, args=args, patched=patched, graphs=True)
+        row = Row(name, model, args=args, patched=patched, graphs=self.engine.on_gpu)
         env = {"SGLANG_ENABLE_LOGPROB_CHUNK": "1", "SGLANG_LOGPROB_CHUNK_SIZE": "1024"}  # else 8,192 rows of 201,088 float32 at once
         return self.engine.start(row, self.work, {}, free_port(), env)
 
