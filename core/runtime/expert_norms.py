@@ -63,7 +63,7 @@ def routed(layer: int, hidden: torch.Tensor, logits: torch.Tensor, top_k: int, e
     norms = None
     if experts is not None and len(hidden):
         outputs = experts(layer, hidden.repeat_interleave(top_k, 0), ids.flatten())
-        norms = torch.linalg.vector_norm(outputs.float(), dim=-1).view_as(gates)
+        norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32).view_as(gates)
     elif experts is not None:
         norms = torch.zeros_like(gates)
     return Routed(ids.to(torch.int16), gates, norms)
