@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,10 +84,16 @@ class MaskedModel:
         Raises:
             RefusedError: it does not.
         """
+        with self._probe_off():
+            self.routers.verify(self.hidden_size, self._dtype)
+
+    @contextmanager
+    def _probe_off(self) -> Iterator[None]:
+        """Routers that run within the block select nothing that the engine does."""
         if self.probe is not None:
             self.probe.enabled = False
         try:
-            self.routers.verify(self.hidden_size, self._dtype)
+            yield
         finally:
             if self.probe is not None:
                 self.probe.enabled = True
@@ -115,8 +122,11 @@ class MaskedModel:
     def connect_experts(self, experts: Experts) -> None:
         """Where more than router statistics are collected: what runs the engine's experts, for their norms."""
         if self.collector is not None and self.collector.sampler is not None:
-            routers = self.routers
-            self.collector.connect(experts, lambda layer, hidden: routers.routers[layer].forward(hidden), routers.unmasked)
+            self.collector.connect(experts, self._run_router, self.routers.unmasked)
+
+    def _run_router(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        with self._probe_off():
+            return self.routers.routers[layer].forward(hidden)
 
     def stage(self, text: str | None) -> dict[str, Any] | None:
         """First half of a live switch: check a mask and compute the biases under it. Nothing changes yet.
