@@ -73,8 +73,8 @@ class SampledSums:
             np.add.at(self._tensors[f"eaft.{name}"], (tags, kinds), _rounded(values, quantum))
         return int(meant.sum() - counted.sum())
 
-    def add_rows(self, routed: Routed, tags: _Ints, kinds: _Ints, scores: NDArray[np.float32]) -> None:
-        """Add sampled rows of all layers.
+    def add_rows(self, routed: Routed, tags: _Ints, kinds: _Ints, scores: NDArray[np.float32]) -> int:
+        """Add sampled rows of all layers; returns how many of them had no finite norms and were left out.
 
         Args:
             routed: on the host, [num_layers, n, top_k].
@@ -86,7 +86,10 @@ class SampledSums:
         if routed.shadow is not None:
             np.add.at(self._shadow, (tags[meant][None, :, None], layers, routed.shadow.numpy()[:, meant]), 1)
         if routed.norms is None:
-            return
+            return 0
+        finite = np.isfinite(routed.norms.numpy()).all((0, 2))
+        lost = int((meant & ~finite).sum())
+        meant &= finite
         ids, gates, norms = (tensor.numpy()[:, meant] for tensor in (routed.ids, routed.gates, routed.norms))
         tags, kinds, scores = tags[meant], kinds[meant], scores[meant]
         gate_norms = _rounded(gates.astype(np.float64) * norms, COARSE)
@@ -102,6 +105,7 @@ class SampledSums:
             cell = (*of_token, layers, ids[:, known], p[None, :, None], entropy[None, :, None])
             np.add.at(self._tensors["eaft.grid_count"], cell, 1)
             np.add.at(self._tensors["eaft.grid_gate_norm"], cell, gate_norms[:, known])
+        return lost
 
 
 def eaft_header(attribution: Any) -> Eaft:
