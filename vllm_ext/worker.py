@@ -12,6 +12,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,8 +71,7 @@ class ExpertMaskWorker:
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """A step; what it had is added to the statistics behind it."""
         if self._steps is not None:
-            with _engine_context(self.vllm_config):
-                self._steps.begin(scheduler_output)
+            self._steps.begin(scheduler_output)
         result = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if self._steps is not None:
             self._steps.launched(self.model_runner, scheduler_output)
@@ -124,8 +124,7 @@ class ExpertMaskWorker:
 
     def softprune_commit(self) -> dict[str, Any]:
         """Second half: steps launched from now on run under the new mask."""
-        with _engine_context(self.vllm_config):
-            return self._model().commit()
+        return self._model().commit()
 
     def softprune_drop(self) -> None:
         """Instead of the second half."""
@@ -146,8 +145,7 @@ class ExpertMaskWorker:
 
     def softprune_statistics(self, action: str, arguments: dict[str, Any]) -> dict[str, Any] | None:
         """Start, stop, reset or hand out statistics."""
-        with _engine_context(self.vllm_config):
-            return self._model().statistics(action, arguments)
+        return self._model().statistics(action, arguments)
 
     def _mask_routers(self, model: nn.Module) -> None:
         """Find the routers and put the mask in force."""
@@ -161,8 +159,11 @@ class ExpertMaskWorker:
         world = self.vllm_config.parallel_config.world_size
         if world != 1:
             raise RefusedError(f"--softprune-stats {self._launch.stats}: found {world} processes; expected one, which has whole experts")
+        if seams.platform() == "cpu" and not self.vllm_config.model_config.enforce_eager:
+            # There, vLLM's compiler looks into the op that the hook stands in.
+            raise RefusedError(f"--softprune-stats {self._launch.stats}: found a compiled model on a CPU; expected --enforce-eager")
         seams.check(seams.EXPERTS)
-        model.connect_experts(experts.single_experts(self._layers, model.hidden_size))
+        model.connect_experts(experts.single_experts(self._layers, model.hidden_size), partial(_engine_context, self.vllm_config))
         if self._launch.stats == "eaft" and self._steps is not None:
             self._steps.score(self.model_runner)
 

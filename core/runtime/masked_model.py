@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -119,14 +119,26 @@ class MaskedModel:
         )  # fmt: skip
         return self.collector
 
-    def connect_experts(self, experts: Experts) -> None:
-        """Where more than router statistics are collected: what runs the engine's experts, for their norms."""
-        if self.collector is not None and self.collector.sampler is not None:
-            self.collector.connect(experts, self._run_router, self.routers.unmasked)
+    def connect_experts(self, experts: Experts, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Where more than router statistics are collected: what runs the engine's experts, for their norms.
 
-    def _run_router(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        with self._probe_off():
-            return self.routers.routers[layer].forward(hidden)
+        Args:
+            experts: the engine's.
+            context: that they and the routers are to be called in.
+        """
+        if self.collector is None or self.collector.sampler is None:
+            return
+        routers = self.routers
+
+        def run(layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            with context():
+                return experts(layer, hidden, ids)
+
+        def route(layer: int, hidden: torch.Tensor) -> torch.Tensor:
+            with context(), self._probe_off():
+                return routers.routers[layer].forward(hidden)
+
+        self.collector.connect(run, route, routers.unmasked)
 
     def stage(self, text: str | None) -> dict[str, Any] | None:
         """First half of a live switch: check a mask and compute the biases under it. Nothing changes yet.
