@@ -24,11 +24,14 @@ from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.evaluate import reference_stats
 from softprune.evaluate.packing import Blocks, completion_ranges
 from softprune.evaluate.reference import load_reference
+from softprune.evaluate.reference_stats import TokenRecord
 from softprune.evaluate.replay import Replay
 from softprune.mask import MaskModel
+from softprune.ranking.api import rank
+from softprune.ranking.eaft_regions import Rule, regions
 from softprune.server_client import ServerClient
 from softprune.stats.collect_packs import load
-from softprune.stats.figures import overlap, ratio
+from softprune.stats.figures import overlap, rank_correlation, ratio
 from softprune.stats.file import Statistics, read
 from tests.conftest import Evidence
 from tests.engines.harness import VllmServer
@@ -36,8 +39,8 @@ from tests.engines.harness import VllmServer
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 PACKS = ("chat_if", "code", "reasoning_style", "tool_agentic")
 SEQ_LEN = 256
-FEW, MANY = 8, 40
-"""Blocks of each pack for the reference, and for sampling."""
+FEW, SOME, MANY = 8, 24, 40
+"""Blocks of each pack for the reference, for ranking by it, and for sampling."""
 SUMS = ("nll_sum", "nll_square_sum", "p_sum", "entropy_sum", "entropy_top_sum")
 
 
@@ -84,13 +87,19 @@ def served(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     yield from serve(models["gpt-oss"], tmp_path_factory.mktemp("text"))
 
 
-def reference(model: Path, blocks: dict[str, Blocks], attribution: Any = "predictor", dtype: torch.dtype = torch.float32) -> Statistics:
+def reference(
+    model: Path, blocks: dict[str, Blocks], attribution: Any = "predictor", dtype: torch.dtype = torch.float32
+) -> tuple[Statistics, TokenRecord]:
+    """Sums, and the tokens that `eaft` counts one by one."""
     spec = spec_of(read_config(model))
     shape = MaskModel(
         architecture=spec.architecture, num_layers=spec.num_layers, num_experts=spec.num_experts, top_k=spec.top_k,
         fingerprint=fingerprint_of_checkpoint(model),
     )  # fmt: skip
-    return reference_stats.collect(load_reference(model, dtype=dtype), shape, blocks, attribution=attribution, reap_everywhere=True)[0]
+    loaded = load_reference(model, dtype=dtype)
+    sums, record = reference_stats.collect(loaded, shape, blocks, attribution=attribution, reap_everywhere=True, record=True)
+    assert record is not None
+    return sums, record
 
 
 def packs_only(statistics: Statistics, name: str) -> NDArray[Any]:
@@ -134,7 +143,7 @@ def test_forced_routing_is_exact(models: dict[str, Path], tmp_path: Path, eviden
     figures: dict[str, Any] = {}
     for served in serve(model, tmp_path):
         for attribution in ("predictor", "target"):
-            found, expected = served.collect(blocks, sample=1, attribution=attribution), reference(model, blocks, attribution)
+            found, expected = served.collect(blocks, sample=1, attribution=attribution), reference(model, blocks, attribution)[0]
             for name in ("router.count", "reap.count"):
                 assert np.array_equal(packs_only(found, name), packs_only(expected, name))
                 assert (packs_only(found, name) > 0).sum() == len(PACKS) * 4 * 4
@@ -169,8 +178,8 @@ def check_tokens(found: Statistics, expected: Statistics, blocks: dict[str, Bloc
 
 def test_text(served: Served, models: dict[str, Path], evidence: Evidence) -> None:
     blocks, figures = blocks_of(FEW), {}
-    float32 = {one: reference(models["gpt-oss"], blocks, one) for one in ("predictor", "target")}
-    bfloat16 = reference(models["gpt-oss"], blocks, dtype=torch.bfloat16)
+    float32 = {one: reference(models["gpt-oss"], blocks, one)[0] for one in ("predictor", "target")}
+    bfloat16 = reference(models["gpt-oss"], blocks, dtype=torch.bfloat16)[0]
     names = ("router.count", "router.gate_sum", "reap.norm_sum", "reap.gate_norm_sum", "eaft.grid_count", "eaft.grid_gate_norm")
     for attribution, expected in float32.items():
         found = served.collect(blocks, sample=1, attribution=attribution)
@@ -204,3 +213,35 @@ def test_one_in_sixteen_gives_the_same_experts(served: Served, evidence: Evidenc
             figures[f"reap {criterion} top {number}"] = [float(value) for value in overlap(*scores, number)]
         assert np.mean(figures[f"reap {criterion} top 24"]) >= 0.95
     evidence("stats.sample.one_in_sixteen", figures)
+
+
+def two_passes(record: TokenRecord, rule: Rule) -> NDArray[np.float64]:
+    """EAFT-REAP as the study computes it: thresholds from all tokens, then every token's gate times norm with the weight of its region."""
+    p, h = np.exp(record.log_p.astype(np.float64)), record.top_entropy.astype(np.float64)
+    limits = np.quantile(p, 0.15), np.quantile(h, 0.15), np.quantile(h, 0.85)
+    weight = np.array([1.0, 0.25, -2.0])[regions(rule, p, h, *map(float, limits))]
+    exact = np.zeros((record.chosen.shape[0], 32))
+    for layer, scores in enumerate(exact):
+        np.add.at(scores, record.chosen[layer], weight[:, None] * record.gates[layer].astype(np.float64) * record.norms[layer])
+    return exact
+
+
+def compared(statistics: Statistics, record: TokenRecord, rule: Rule) -> dict[str, list[float]]:
+    found, exact = rank(statistics, "eaft_reap", rule=rule).values, two_passes(record, rule)
+    figures = {"rank_correlation": rank_correlation(found, exact)}
+    figures |= {f"top {number}": overlap(found, exact, number) for number in (24, 16, 8)}
+    return {name: [float(value) for value in values] for name, values in figures.items()}
+
+
+def test_one_pass_ranks_as_two(served: Served, models: dict[str, Path], evidence: Evidence) -> None:
+    """By the grid of Transformers' own statistics, which shows what the grid costs, and by the engine's."""
+    blocks, figures = blocks_of(SOME), {}
+    sums, record = reference(models["gpt-oss"], blocks)
+    for name, statistics in (("transformers", sums), ("vllm", served.collect(blocks, sample=1))):
+        for rule in ("code", "policy"):
+            figures[f"{name} {rule}"] = compared(statistics, record, rule)  # type: ignore[arg-type]
+    evidence("stats.one_pass_over_two", {"tokens": len(record.position), **figures})
+    for one in figures.values():
+        assert min(one["rank_correlation"]) >= 0.99
+        for number, share in ((24, 0.97), (16, 0.95), (8, 0.90)):
+            assert np.mean(one[f"top {number}"]) >= share
