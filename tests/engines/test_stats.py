@@ -325,7 +325,9 @@ def test_sampled_under_masks(engine: Engine, tmp_path: Path) -> None:
         # Routers that were asked for shadow counts are not among what was selected.
         counts = sum(np.array(probed[str(epoch.epoch)]["counts"]) for epoch in file.header.epochs if str(epoch.epoch) in probed)
         assert np.array_equal(counts, file["router.count"].sum((0, 1)))
-    assert np.array_equal(unpruned["router.shadow_count"], unpruned["reap.count"])
+    # The router is asked again with other rows beside, so a tie of BF16 logits may fall the other way.
+    moved = np.abs(unpruned["router.shadow_count"] - unpruned["reap.count"]).sum()
+    assert moved <= 0.01 * unpruned["reap.count"].sum()
     for layer in range(masked["reap.count"].shape[1]):
         pruned = engine.mask.pruned(layer)
         assert masked["reap.count"][:, layer, pruned].sum() == 0
