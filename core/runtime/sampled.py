@@ -7,6 +7,7 @@ them within each layer instead. The host adds up what arrived while the device g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,11 @@ class _Step:
     spans: Sequence[Span] | None = None
     records: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
+    @functools.cached_property
+    def completions(self) -> NDArray[np.int64]:
+        """Of each row, its tag if the token that it predicts is of a completion, else -1; asked for once for each request."""
+        return _tags_of_completions(self.spans or ())
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -120,7 +126,7 @@ class Sampler:
         self._shape = num_tags, num_layers, num_experts, eaft
         self._top_k = top_k
         self._slab = SampleSlab(num_layers, num_experts, hidden_size, device, dtype)
-        self._records = TokenRecords(max_rows + _WAITING_TOKENS, device)
+        self._records = TokenRecords(2 * max_rows + _WAITING_TOKENS, device)  # a row may be scored as given, not to count, and as drawn
         self._sums: dict[str | None, SampledSums] = {}
         self._sampling = Sampling(1)
         self._mask: str | None = None
@@ -133,7 +139,8 @@ class Sampler:
         self._token_kinds: list[NDArray[np.int64]] = []
         self._queue: list[_Batch] = []
         self._before = Fetched(0, torch.zeros(0, 3)), np.empty(0, np.int64)
-        self._last: dict[str, int] = {}
+        self._last: dict[str, tuple[int, int]] = {}
+        self._started = False
 
     @property
     def num_bytes(self) -> int:
@@ -147,8 +154,9 @@ class Sampler:
 
     def start(self, settings: Settings, mask: str | None) -> None:
         """Sample from the next step on; sums go to those of a mask."""
-        self.settings, self._mask = settings, mask
+        self.settings, self._mask, self._started = settings, mask, True
         self._sampling = Sampling(settings.sample)
+        self._last.clear()  # predictions under another mask
 
     @torch.inference_mode()
     def stop(self) -> None:
@@ -164,7 +172,7 @@ class Sampler:
         self._end_step()
         self._send()
         self._add_arrived(0)
-        return self._sums.setdefault(mask, SampledSums(*self._shape))
+        return self._sums_under(mask)
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -183,12 +191,12 @@ class Sampler:
             rows: of the step, padding left out.
             captured: it may run as a captured graph, which keeps STEP_ROWS rows at most.
         """
-        if self.settings is None:
+        if self.settings is None or not self.settings.samples:
             return
         self._end_step()
         if self._slab.is_full or self._records.used > _WAITING_TOKENS:
             self._send()
-        found = self._sampling.of(rows) if self.settings.samples else np.empty(0, np.int64)
+        found = self._sampling.of(rows)
         if captured and len(found) > STEP_ROWS:
             self.lost += len(found) - STEP_ROWS
             found = self._sampling.some(found, STEP_ROWS)
@@ -215,7 +223,9 @@ class Sampler:
         if _capturing(hidden):
             self._slab.take(layer, hidden, logits)
         elif not self._under_way or step is None:
-            return  # no step, but a check of the routers or a warm-up
+            # No step, but a check of the routers or a warm-up, in which the kernel is compiled: within a capture it is too late.
+            if hidden.is_cuda and not self._started:
+                self._slab.take(layer, hidden, logits)
         elif self._inline is None or step.layers is None:
             self._slab.take(layer, hidden, logits)
         else:
@@ -260,7 +270,7 @@ class Sampler:
         step = self._step
         if not self.scores or step is None or step.spans is None or not len(rows):
             return
-        tags = np.where(rows < 0, -1, _tags_of_completions(step.spans)[rows])
+        tags = np.where(rows < 0, -1, step.completions[rows])
         if (tags >= 0).any():
             self._record(step, rows, tags, TEACHER_FORCED, token_scores(logits, tokens))
 
@@ -289,6 +299,8 @@ class Sampler:
         if step is None:
             return
         rows = self._rows_of(step)
+        if not len(step.rows):
+            return  # a list that grew with every step would never end
         if step.layers is None:
             self._waiting.append(rows)
         elif len(step.layers) == self._shape[1]:
@@ -314,9 +326,11 @@ class Sampler:
         shifted, row = np.roll(records, 1), 0
         for span in spans:
             if span.rows:
-                shifted[row] = self._last.pop(span.request, -1)
+                # What was computed so far may have been thrown away, and be computed again from an earlier token on.
+                next_token, record = self._last.pop(span.request, (-1, -1))
+                shifted[row] = record if next_token == span.first else -1
                 row += span.rows
-                self._last[span.request] = int(records[row - 1])
+                self._last[span.request] = span.first + span.rows, int(records[row - 1])
         while len(self._last) > _REMEMBERED:
             self._last.pop(next(iter(self._last)))
         return shifted
@@ -353,9 +367,14 @@ class Sampler:
             event.record()
         empty = [np.empty(0, np.int64)]
         tags, kinds = np.concatenate(empty + self._token_tags), np.concatenate(empty + self._token_kinds)
-        self._queue.append(_Batch(self._sums.setdefault(self._mask, SampledSums(*self._shape)), sent, tokens, tags, kinds, event))
+        self._queue.append(_Batch(self._sums_under(self._mask), sent, tokens, tags, kinds, event))
         self._measured, self._token_tags, self._token_kinds = [], [], []
         self._add_arrived(1)
+
+    def _sums_under(self, mask: str | None) -> SampledSums:
+        if mask not in self._sums:
+            self._sums[mask] = SampledSums(*self._shape)
+        return self._sums[mask]
 
     def _add_arrived(self, leave: int) -> None:
         """Add up what was sent, but for the last `leave` batches; waits for their arrival."""
@@ -372,7 +391,7 @@ class Sampler:
                     tokens.look_up(rows.records, scores)
                     here = (rows.records >= tokens.first) & (rows.records < tokens.first + len(tokens.values))
                     kinds[here] = of_token[rows.records[here] - tokens.first]
-                batch.sums.add_rows(found, rows.tags, kinds, scores)
+                self.lost += batch.sums.add_rows(found, rows.tags, kinds, scores)
             self._before = batch.tokens, batch.token_kinds
 
 
