@@ -16,6 +16,7 @@ from rich.table import Table
 from softprune import __version__
 from softprune import mask as mask_file
 from softprune.bench.cli import bench_app
+from softprune.checkpoint import cli as rewrite_cli
 from softprune.checkpoint import synth as synth_module
 from softprune.checkpoint.dequantize import dequantize_checkpoint
 from softprune.checkpoint.families import ModelSpec, family_of, read_config, spec_of
@@ -25,8 +26,12 @@ from softprune.checkpoint.presets import PRESETS
 from softprune.errors import CheckpointError, MaskError, SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
+from softprune.ranking.cli import rank_command
+from softprune.recipe import cli as recipe_cli
 from softprune.report.keep_map import keep_map
 from softprune.report.progress import tensor_progress
+from softprune.report.sizes import readable
+from softprune.selection.cli import select_command
 from softprune.server_cli import selftest, server_app
 from softprune.stats.cli import stats_app
 
@@ -54,6 +59,14 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(server_app, name="server")
 app.add_typer(stats_app, name="stats")
 app.command("selftest")(selftest)
+app.command("rank")(rank_command)
+app.command("select")(select_command)
+app.command("prune")(recipe_cli.prune_command)
+app.command("run")(recipe_cli.run_command)
+app.command("lock")(recipe_cli.lock_command)
+app.command("rewrite")(rewrite_cli.rewrite_command)
+app.command("verify")(rewrite_cli.verify_command)
+app.command("plan")(rewrite_cli.plan_command)
 console = Console(highlight=False)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]
@@ -193,8 +206,8 @@ def checkpoint_info(model: Annotated[Path, typer.Argument(metavar="DIR", help="C
         "architecture": spec.architecture,
         "MoE layers": f"{spec.num_layers}{part}",
         "experts": f"{spec.num_experts}, top_k {spec.top_k}",
-        "tensors": f"{len(index.tensors)} in {len(shards)} shards, {_size(index.num_bytes)}",
-        "experts' share": f"{_size(experts)}, {experts / index.num_bytes:.1%}",
+        "tensors": f"{len(index.tensors)} in {len(shards)} shards, {readable(index.num_bytes)}",
+        "experts' share": f"{readable(experts)}, {experts / index.num_bytes:.1%}",
         "fingerprint": "none, layers are missing" if part else fingerprint_of_checkpoint(model),
     }
     for name, value in rows.items():
@@ -223,7 +236,7 @@ def checkpoint_synth(
         raise typer.BadParameter(f"found {layers!r}; expected numbers and commas, e.g. 0,18", param_hint="--layers") from None
     with tensor_progress(None, console) as progress:
         synth_module.synth_checkpoint(preset, out, storage.value, seed, chosen, progress=progress)
-    console.print(f"{out}: {preset}, {storage.value}, seed {seed}, {_size(TensorIndex(out).num_bytes)}")
+    console.print(f"{out}: {preset}, {storage.value}, seed {seed}, {readable(TensorIndex(out).num_bytes)}")
 
 
 @checkpoint_app.command("dequantize")
@@ -234,7 +247,7 @@ def checkpoint_dequantize(
     """Turn MXFP4 experts into BF16, value for value as Transformers does, for machines without MXFP4 kernels."""
     with tensor_progress(None, console) as progress:
         dequantize_checkpoint(model, out, progress=progress)
-    console.print(f"{out}: {_size(TensorIndex(out).num_bytes)}")
+    console.print(f"{out}: {readable(TensorIndex(out).num_bytes)}")
 
 
 def _model(model: Path) -> tuple[ModelSpec, str]:
@@ -250,7 +263,3 @@ def _kept(mask: ExpertMask) -> str:
 
 def _ids(ids: set[int]) -> str:
     return ", ".join(map(str, sorted(ids))) or "-"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -18,16 +18,17 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from softprune.control import BODY, IN_FLIGHT, KEY_HEADER, PREFIX, ControlError, error_body, key_matches, raise_answer
-from softprune.errors import MaskError, RefusedError, shortened
+from softprune.errors import MaskError, RefusedError
 from softprune.launch import Launch
 from softprune.mask import MAX_BYTES, ExpertMask, decode_json
 from softprune.mask_state import kept_after
 from softprune.metrics import mask_metrics, stats_metrics
 from softprune.request_tags import with_tags
 from softprune.response_epochs import PATHS, naming_epochs
-from softprune.runtime.collector import LATER_MODES, MODES, file_of
+from softprune.runtime.collector import file_of
 from softprune.runtime.epochs import RequestIndex
 from softprune.runtime.tags import Tags
+from softprune.stats.request import StatsRequest
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,6 @@ METRICS = "/metrics"
 """Where both engines let Prometheus read."""
 SCRAPE_SECONDS = 1.0
 _MAX_DEPTH = 50
-_MODE = '{"mode": "router"}'
 
 
 class ControlApi(ABC):
@@ -156,8 +156,8 @@ class ControlApi(ABC):
             case ("GET" | "DELETE") as method, "/routes":
                 return 200, await self._routes(scope, reset=method == "DELETE", trace=query.get("trace") == ["1"])
             case "POST", "/stats/start":
-                mode = await self._mode(scope, await _body(headers, receive))
-                return 200, await self._statistics(scope, "start", mode=mode)
+                settings = await self._settings(scope, await _body(headers, receive))
+                return 200, await self._statistics(scope, "start", **settings)
             case "POST", ("/stats/stop" | "/stats/reset") as action:
                 return 200, await self._statistics(scope, action.removeprefix("/stats/"))
             case "GET", "/stats":
@@ -233,23 +233,14 @@ class ControlApi(ABC):
         routes = _agreed(await self.ask(scope, "routes", reset=reset, trace=trace), "routes")
         return {**routes, "scheduled_tokens": await self.ask_scheduler(scope, "tokens")}
 
-    async def _mode(self, scope: Any, body: bytes) -> str:
-        """The mode in the body of `POST stats/start`.
+    async def _settings(self, scope: Any, body: bytes) -> dict[str, Any]:
+        """What the body of `POST stats/start` asks for.
 
         Raises:
-            ControlError: 400, unless it is one that is collected; 409 if statistics are off.
+            ControlError: 400, unless it is something that is collected; 409 if statistics are off.
         """
         await self._check_stats(scope)
-        try:
-            data = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise ControlError(400, "invalid_mode", f"{BODY}: found no valid JSON ({error}); expected {_MODE}") from None
-        mode = data.get("mode") if isinstance(data, dict) and set(data) == {"mode"} else None
-        if mode in LATER_MODES:
-            raise ControlError(400, "mode_not_yet", f"{BODY}: mode: found {mode}, which is not collected yet; expected {_MODE}")
-        if mode not in MODES:
-            raise ControlError(400, "invalid_mode", f"{BODY}: found {shortened(data)}; expected {_MODE}")
-        return str(mode)
+        return StatsRequest.parse(body).settings
 
     async def _statistics(self, scope: Any, action: str, **arguments: Any) -> Any:
         await self._check_stats(scope)
@@ -282,7 +273,7 @@ class ControlApi(ABC):
 
     async def _check_stats(self, scope: Any) -> None:
         if (await self.launch(scope)).stats is None:
-            raise ControlError(409, "statistics_are_off", "start the server with --softprune-stats router")
+            raise ControlError(409, "statistics_are_off", "start the server with --softprune-stats router, reap or eaft")
 
     @staticmethod
     def publish(epoch: int, status: dict[str, Any]) -> None:

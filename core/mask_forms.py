@@ -80,6 +80,25 @@ def convert(
     return build(spec, keep, fingerprint, {"method": "convert", "form": reading.form, "file": Path(path).name}, source, top_k)
 
 
+def ranking_of(path: str | Path, model: MaskModel, section: str = "think") -> tuple[str, list[list[int]]]:
+    """A ranking file's form, and per MoE layer the ids that it ranks, best first; not all have to be ranked.
+
+    Raises:
+        MaskError: no ranking, another number of layers, or an id that the model does not have or that is given twice.
+    """
+    source = str(path)
+    reading = _recognise(_read(path), source, section)
+    if not reading.is_ranking:
+        raise MaskError(source, "", f"kept experts ({reading.form})", "a ranking: REAP scores, or a topical ranking")
+    rows = [_ids(row, source, f"layer {i}") for i, row in enumerate(reading.rows)]
+    if len(rows) != model.num_layers:
+        raise MaskError(source, "", f"{len(rows)} layers", f"{model.num_layers}, as the model has")
+    for layer, row in enumerate(rows):
+        if len(set(row)) != len(row) or not all(0 <= i < model.num_experts for i in row):
+            raise MaskError(source, f"layer {layer}", shortened(row), f"ids from 0 to {model.num_experts - 1}, each at most once")
+    return reading.form, rows
+
+
 def build(
     spec: ModelSpec,
     keep: Sequence[Sequence[int] | None],

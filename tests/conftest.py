@@ -68,10 +68,11 @@ def evidence(request: pytest.FixtureRequest) -> Evidence:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The trained gpt-oss as committed and dequantised, and a Qwen3-MoE of random weights, all tiny."""
+    """The trained gpt-oss as committed and dequantised, and a Qwen3-MoE and a Mixtral of random weights, all tiny."""
     root = tmp_path_factory.mktemp("models")
     dequantize_checkpoint(TRAINED, root / "gpt-oss")
     synth_checkpoint("qwen3-moe-tiny", root / "qwen3-moe", "bf16", seed=1)
+    synth_checkpoint("mixtral-tiny", root / "mixtral", "bf16", seed=1)
     return {"gpt-oss-mxfp4": TRAINED, **{path.name: path for path in root.iterdir()}}
 
 

@@ -1,16 +1,17 @@
 """Reading safetensors checkpoints tensor by tensor, without loading a shard.
 
-`safetensors` itself maps the file and hands out single tensors; this module adds the index over
-shards and errors that name the shard.
+`safetensors` itself checks headers and hands out single tensors; this module adds where their bytes lie, the
+index over shards, and errors that name the shard.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,8 @@ DTYPE_BYTES = {
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
+INDEX = "model.safetensors.index.json"
+
 
 def payload_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Size in bytes of a tensor's payload, from its dtype name and shape."""
@@ -31,12 +34,13 @@ def payload_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Header entry of one tensor: its shard, dtype name ("BF16", "U8", ...) and shape."""
+    """Header entry of one tensor: its shard, dtype name ("BF16", "U8", ...), shape, and where its payload begins in the file."""
 
     name: str
     shard: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
     @property
     def num_bytes(self) -> int:
@@ -45,30 +49,45 @@ class TensorInfo:
 
 
 class TensorIndex:
-    """All tensors of a checkpoint folder, by name.
+    """All tensors of a checkpoint folder, by name; shard by shard, in the order in which they are stored.
+
+    Attributes:
+        shards: the safetensors files, sorted.
+        weight_map: tensor to shard as the index says; {} without an index.
 
     Raises:
-        CheckpointError: no safetensors files, an index that names a missing shard or tensor, or a
-            shard whose header cannot be read.
+        CheckpointError: no safetensors files, an index that names a missing shard or tensor or a tensor twice, a
+            tensor in two shards, or a shard that is cut short or whose header cannot be read.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
         self.model_dir = Path(model_dir)
-        self.tensors = {info.name: info for shard in self._shards() for info in _read_header(shard)}
-        for name, shard in self._weight_map.items():
-            info = self.tensors.get(name)
-            if info is None or info.shard.name != shard:
-                raise CheckpointError(str(self.model_dir / shard), name, "no such tensor", "the tensor that the index lists there")
+        self.weight_map: dict[str, str] = {}
+        self.shards = self._find_shards()
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            for info in _read_header(shard):
+                if info.name in self.tensors:
+                    other = self.tensors[info.name].shard.name
+                    raise CheckpointError(str(shard), info.name, f"a tensor that is also in {other}", "each tensor in one shard")
+                self.tensors[info.name] = info
+        for name, shard_name in self.weight_map.items():
+            listed = self.tensors.get(name)
+            if listed is None or listed.shard.name != shard_name:
+                raise CheckpointError(str(self.model_dir / shard_name), name, "no such tensor", "the tensor that the index lists there")
 
-    def _shards(self) -> list[Path]:
-        index = self.model_dir / "model.safetensors.index.json"
-        self._weight_map: dict[str, str] = {}
+    def _find_shards(self) -> list[Path]:
+        index = self.model_dir / INDEX
         if index.exists():
             try:
-                self._weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                document = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+                self.weight_map = {str(name): str(shard) for name, shard in document["weight_map"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(str(index), "weight_map", f"unreadable ({error})", "a map from tensor to shard") from None
-            return [self.model_dir / name for name in sorted(set(self._weight_map.values()))]
+            outside = [shard for shard in self.weight_map.values() if Path(shard).name != shard]
+            if outside:
+                raise CheckpointError(str(index), "weight_map", repr(outside[0]), "names of files in the same folder")
+            return [self.model_dir / name for name in sorted(set(self.weight_map.values()))]
         shards = sorted(self.model_dir.glob("*.safetensors"))
         if not shards:
             raise CheckpointError(str(self.model_dir), "*.safetensors", "no such file", "a safetensors checkpoint")
@@ -99,13 +118,29 @@ class TensorIndex:
         return sum(info.num_bytes for info in self.tensors.values())
 
 
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is there twice")
+        found[key] = value
+    return found
+
+
 def _read_header(shard: Path) -> Iterator[TensorInfo]:
+    """Entries by position; safetensors has checked by then that they fill the file, without gaps, and fit their shapes."""
     try:
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                view = file.get_slice(name)
-                yield TensorInfo(name, shard, view.get_dtype(), tuple(view.get_shape()))
+        with safe_open(shard, framework="pt"):
+            pass
+        with open(shard, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length), object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise CheckpointError(str(shard), "", "no such file", "a shard that the index names") from None
-    except SafetensorError as error:
-        raise CheckpointError(str(shard), "header", f"unreadable ({error})", "a safetensors header") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(str(shard), "header", f"unreadable ({error})", "a whole safetensors file") from None
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        if entry["dtype"] not in DTYPE_BYTES:
+            raise CheckpointError(str(shard), name, f"dtype {entry['dtype']}", f"one of {', '.join(DTYPE_BYTES)}")
+        yield TensorInfo(name, shard, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])

@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from softprune.checkpoint.headers import payload_bytes
-from softprune.errors import CheckpointError
+from softprune.checkpoint.headers import INDEX, payload_bytes
+from softprune.checkpoint.staging import renamed_after
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest payload of one shard (5 GB, decimal, as the Hub's)."""
@@ -56,41 +56,42 @@ def write_checkpoint(
         progress: called after each tensor.
 
     Raises:
-        CheckpointError: the folder exists already.
+        CheckpointError: the folder exists already, or another process writes it.
         ValueError: a tensor's chunks do not add up to its planned size.
     """
-    out = Path(out_dir)
-    if out.exists():
-        raise CheckpointError(str(out), "", "a folder that exists already", "a new name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        shards = _plan_shards(tensors, max_shard_bytes)
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_shard(temporary / name, shard, progress)
-            weight_map.update({tensor.name: name for tensor in shard})
+    with renamed_after(Path(out_dir)) as folder:
+        shards = plan_shards(tensors, max_shard_bytes)
+        names = shard_names(len(shards))
+        for name, shard in zip(names, shards, strict=True):
+            _write_shard(folder / name, shard, progress)
         if len(shards) > 1:
-            total = sum(tensor.num_bytes for tensor in tensors)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            files = {**files, "model.safetensors.index.json": index}
+            files = {**files, INDEX: index_of(names, shards)}
         for name, content in files.items():
             if isinstance(content, Path):
-                shutil.copyfile(content, temporary / name)
+                shutil.copyfile(content, folder / name)
             else:
-                text = content if isinstance(content, str) else json.dumps(content, indent=2, sort_keys=True) + "\n"
-                (temporary / name).write_text(text, encoding="utf-8")
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+                (folder / name).write_text(content if isinstance(content, str) else json_text(content), encoding="utf-8")
 
 
-def _plan_shards(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
-    shards: list[list[PlannedTensor]] = [[]]
+class Storable(Protocol):
+    """What a shard's header says of a tensor; sizes in bytes."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+Stored = TypeVar("Stored", bound=Storable)
+
+
+def plan_shards(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:
+    """Tensors in order, a new shard before one that would exceed `limit` bytes of payload."""
+    shards: list[list[Stored]] = [[]]
     room = limit
     for tensor in tensors:
         if shards[-1] and tensor.num_bytes > room:
@@ -101,7 +102,27 @@ def _plan_shards(tensors: Sequence[PlannedTensor], limit: int) -> list[list[Plan
     return shards
 
 
-def _write_shard(path: Path, tensors: Sequence[PlannedTensor], progress: Progress | None) -> None:
+def shard_names(number: int) -> list[str]:
+    """File names of so many shards, as Transformers names them."""
+    if number == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{number:05d}.safetensors" for i in range(1, number + 1)]
+
+
+def index_of(names: Sequence[str], shards: Sequence[Sequence[Storable]]) -> dict[str, Any]:
+    """model.safetensors.index.json: the payload's true size, and the shard of each tensor."""
+    total = sum(tensor.num_bytes for shard in shards for tensor in shard)
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def json_text(content: Any) -> str:
+    """JSON as the Hub's files have it."""
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def header_of(tensors: Sequence[Storable]) -> bytes:
+    """A shard's first bytes: the header's length and the header, whose payloads follow one another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -111,9 +132,12 @@ def _write_shard(path: Path, tensors: Sequence[PlannedTensor], progress: Progres
         offset += tensor.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_shard(path: Path, tensors: Sequence[PlannedTensor], progress: Progress | None) -> None:
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(header_of(tensors))
         for tensor in tensors:
             written = 0
             for chunk in tensor.chunks():

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from softprune.errors import shortened
-from softprune.runtime.tags import TAG_KEY
+from softprune.runtime.tags import SPANS_KEY, TAG_KEY
 from softprune.server_client import ServerCallError, ServerClient
-
-SPANS_KEY = "softprune_spans"
-"""Key, beside the tag's, of the ranges of a prompt's tokens that are completion tokens; see `spans_text`."""
 
 
 def spans_text(spans: Sequence[tuple[int, int]]) -> str:

@@ -121,4 +121,4 @@ def test_inside_sglang() -> None:
 @pytest.mark.timeout(300)
 def test_kernels_inside_sglang() -> None:
     """In Triton's interpreter; tests/evidence also has those with 128 experts."""
-    run_tests_inside("test_topk_kernel.py test_router_stats_kernel.py", {"TRITON_INTERPRET": "1"}, "-k", "not 128")
+    run_tests_inside("test_topk_kernel.py test_router_stats_kernel.py test_sampling_kernels.py", {"TRITON_INTERPRET": "1"}, "-k", "not 128")

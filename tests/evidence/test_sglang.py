@@ -210,4 +210,4 @@ def test_offline_engine(work: Path, files: dict[str, str]) -> None:
 @pytest.mark.timeout(300)
 def test_kernels_inside_sglang() -> None:
     """In Triton's interpreter: the top-k that gpt-oss uses on a GPU, and the kernel that adds up what routers chose."""
-    run_tests_inside("test_topk_kernel.py test_router_stats_kernel.py", {"TRITON_INTERPRET": "1"})
+    run_tests_inside("test_topk_kernel.py test_router_stats_kernel.py test_sampling_kernels.py", {"TRITON_INTERPRET": "1"})

@@ -1,0 +1,153 @@
+"""Moving bytes: planned pieces into a new file, hashed on the way, through one small buffer for each worker.
+
+Reading, hashing and writing all release the interpreter's lock, so workers run on cores of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import TypeVar
+
+from softprune.checkpoint.plan import Copied, Filled, Piece
+from softprune.errors import CheckpointError, SoftpruneError
+
+BUFFER_BYTES = 1 << 20
+"""Bytes that a worker holds. It stays in a core's own cache between being read, hashed and written."""
+
+WORKERS = min(4, os.cpu_count() or 1)
+"""Files handled at a time unless told otherwise: SHA-256 takes a core each."""
+
+REPORT_BYTES = 16 * BUFFER_BYTES
+"""Bytes between two reports of progress."""
+
+Report = Callable[[int], None]
+"""Called with the bytes that were handled since the last call; from any worker."""
+
+
+class Stopped(SoftpruneError):
+    """Another worker failed, so this one gave up."""
+
+
+def write_pieces(path: Path, head: bytes, pieces: Iterable[Piece], report: Report, stop: threading.Event) -> str:
+    """Make a file of `head` and pieces, on the disk when this returns.
+
+    Args:
+        path: the new file.
+        head: its first bytes.
+        pieces: what follows.
+        report: told of progress.
+        stop: checked between buffers.
+
+    Returns:
+        The file's SHA-256, hexadecimal.
+
+    Raises:
+        CheckpointError: a source file ends early, or the operating system refuses to read or write.
+        Stopped: `stop` was set.
+    """
+    digest = hashlib.sha256(head)
+    since = 0
+    try:
+        with open(path, "xb", buffering=0) as file:
+            _write(file.fileno(), head)
+            for chunk in _chunks(merged(pieces)):
+                if stop.is_set():
+                    raise Stopped
+                digest.update(chunk)
+                _write(file.fileno(), chunk)
+                since += len(chunk)
+                if since >= REPORT_BYTES:
+                    report(since)
+                    since = 0
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(
+            str(error.filename or path), "", error.strerror or str(error), "a file that can be read and written"
+        ) from None
+    report(since)
+    return digest.hexdigest()
+
+
+def merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same bytes in fewer pieces: those that are neighbours in a file become one."""
+    last: Copied | None = None
+    for piece in pieces:
+        if last and isinstance(piece, Copied) and piece.file == last.file and piece.start == last.start + last.num_bytes:
+            last = Copied(last.file, last.start, last.num_bytes + piece.num_bytes)
+            continue
+        if last:
+            yield last
+        last = piece if isinstance(piece, Copied) else None
+        if isinstance(piece, Filled):
+            yield piece
+    if last:
+        yield last
+
+
+def read_ranges(file: Path, start: int, num_bytes: int, buffer: bytearray | None = None) -> Iterator[memoryview]:
+    """A file's bytes from `start`, in views of one buffer: all but the last fill it, and each is overwritten by the next.
+
+    Raises:
+        CheckpointError: the file ends early.
+        OSError: it cannot be read.
+    """
+    whole = memoryview(bytearray(min(BUFFER_BYTES, num_bytes)) if buffer is None else buffer)
+    with open(file, "rb", buffering=0) as source:
+        for place in range(start, start + num_bytes, len(whole) or 1):
+            view, done = whole[: start + num_bytes - place], 0
+            while done < len(view):
+                got = os.preadv(source.fileno(), [view[done:]], place + done)
+                if not got:
+                    raise CheckpointError(str(file), "", f"{place + done} bytes", f"at least {start + num_bytes}, as its header says")
+                done += got
+            yield view
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_parallel(
+    items: Sequence[Item], work: Callable[[Item, threading.Event], Result], size: Callable[[Item], int], workers: int
+) -> list[Result]:
+    """`work(item, stop)` for every item in so many threads, the largest first; results in the items' order.
+
+    Raises:
+        Exception: the first that `work` raised; `stop` is set then, for the others to give up.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(workers) as pool:
+        order = sorted(range(len(items)), key=lambda i: -size(items[i]))
+        futures = {i: pool.submit(work, items[i], stop) for i in order}
+        try:
+            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+            failed = [error for future in done if (error := future.exception()) and not isinstance(error, Stopped)]
+            if failed:
+                raise failed[0]
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        return [futures[i].result() for i in range(len(items))]
+
+
+def _chunks(pieces: Iterable[Piece]) -> Iterator[memoryview]:
+    buffer = bytearray(BUFFER_BYTES)
+    for piece in pieces:
+        if isinstance(piece, Copied):
+            yield from read_ranges(piece.file, piece.start, piece.num_bytes, buffer)
+        else:
+            fill = memoryview(piece.pattern * (min(BUFFER_BYTES, piece.num_bytes) // len(piece.pattern)))
+            for start in range(0, piece.num_bytes, len(fill)):
+                yield fill[: piece.num_bytes - start]
+
+
+def _write(handle: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
