@@ -131,8 +131,8 @@ def test_before_a_start_there_is_nothing(engine: Engine) -> None:
     for method, path, body, expected in (
         ("GET", "/stats", None, (404, "never_started")),
         ("POST", "/stats/stop", None, (409, "not_collecting")),
-        ("POST", "/stats/start", {"mode": "reap"}, (400, "mode_not_yet")),
-        ("POST", "/stats/start", {"mode": "eaft"}, (400, "mode_not_yet")),
+        ("POST", "/stats/start", {"mode": "reap"}, (409, "mode_is_off")),
+        ("POST", "/stats/start", {"mode": "eaft"}, (409, "mode_is_off")),
         ("POST", "/stats/start", {"mode": "other"}, (400, "invalid_mode")),
         ("POST", "/stats/start", None, (400, "invalid_mode")),
     ):

@@ -184,7 +184,7 @@ def test_the_file_is_what_write_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stats": "reap"}, "--softprune-stats: found reap"),
+        ({"stats": "all"}, "--softprune-stats: found all; expected one of router, reap, eaft"),
         ({"max_tags": 4}, "with it"),
         ({"stats": "router", "max_tags": 0}, "found 0"),
         ({"stats": "router", "max_tags": 65}, "found 65"),
@@ -212,8 +212,8 @@ def test_calls_and_their_errors() -> None:
         ("POST", "stats/start", b'"router"', (400, "invalid_mode")),
         ("POST", "stats/start", b'{"mode": "router", "tag": 1}', (400, "invalid_mode")),
         ("POST", "stats/start", b'{"mode": ["router"]}', (400, "invalid_mode")),
-        ("POST", "stats/start", b'{"mode": "reap"}', (400, "mode_not_yet")),
-        ("POST", "stats/start", b'{"mode": "eaft"}', (400, "mode_not_yet")),
+        ("POST", "stats/start", b'{"mode": "reap"}', (409, "mode_is_off")),
+        ("POST", "stats/start", b'{"mode": "eaft"}', (409, "mode_is_off")),
         ("POST", "stats/start", start, (200, None)),
         ("POST", "stats/start", start, (409, "already_collecting")),
         ("GET", "stats?mask=other", b"", (404, "nothing_counted")),
