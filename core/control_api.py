@@ -18,16 +18,17 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from softprune.control import BODY, IN_FLIGHT, KEY_HEADER, PREFIX, ControlError, error_body, key_matches, raise_answer
-from softprune.errors import MaskError, RefusedError, shortened
+from softprune.errors import MaskError, RefusedError
 from softprune.launch import Launch
 from softprune.mask import MAX_BYTES, ExpertMask, decode_json
 from softprune.mask_state import kept_after
-from softprune.metrics import mask_metrics
+from softprune.metrics import mask_metrics, stats_metrics
 from softprune.request_tags import with_tags
 from softprune.response_epochs import PATHS, naming_epochs
-from softprune.runtime.collector import LATER_MODES, MODES, file_of
+from softprune.runtime.collector import file_of
 from softprune.runtime.epochs import RequestIndex
 from softprune.runtime.tags import Tags
+from softprune.stats.request import StatsRequest
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,10 @@ CALLS = (
     "POST stats/start", "POST stats/stop", "POST stats/reset", "GET stats",
 )  # fmt: skip
 """Everything that is answered; each asks for the key."""
+METRICS = "/metrics"
+"""Where both engines let Prometheus read."""
+SCRAPE_SECONDS = 1.0
 _MAX_DEPTH = 50
-_MODE = '{"mode": "router"}'
 
 
 class ControlApi(ABC):
@@ -60,6 +63,8 @@ class ControlApi(ABC):
         self.tags: Tags | None = None
         self._switching = asyncio.Lock()
         self._switches: set[asyncio.Task[dict[str, Any]]] = set()
+        self._scrape: asyncio.Task[None] | None = None
+        self._scraped = 0.0
 
     @abstractmethod
     async def launch(self, scope: Any) -> Launch:
@@ -121,6 +126,8 @@ class ControlApi(ABC):
                     return
             if path in PATHS:
                 send = naming_epochs(send, self.finished)
+            if path.rstrip("/") == METRICS and self.tags is not None:
+                await self._count_for_prometheus(scope)
         await self.app(scope, receive, send)
 
     async def _answer(self, scope: Any, receive: Any, path: str) -> tuple[int, Any]:
@@ -149,8 +156,8 @@ class ControlApi(ABC):
             case ("GET" | "DELETE") as method, "/routes":
                 return 200, await self._routes(scope, reset=method == "DELETE", trace=query.get("trace") == ["1"])
             case "POST", "/stats/start":
-                mode = await self._mode(scope, await _body(headers, receive))
-                return 200, await self._statistics(scope, "start", mode=mode)
+                settings = await self._settings(scope, await _body(headers, receive))
+                return 200, await self._statistics(scope, "start", **settings)
             case "POST", ("/stats/stop" | "/stats/reset") as action:
                 return 200, await self._statistics(scope, action.removeprefix("/stats/"))
             case "GET", "/stats":
@@ -226,23 +233,14 @@ class ControlApi(ABC):
         routes = _agreed(await self.ask(scope, "routes", reset=reset, trace=trace), "routes")
         return {**routes, "scheduled_tokens": await self.ask_scheduler(scope, "tokens")}
 
-    async def _mode(self, scope: Any, body: bytes) -> str:
-        """The mode in the body of `POST stats/start`.
+    async def _settings(self, scope: Any, body: bytes) -> dict[str, Any]:
+        """What the body of `POST stats/start` asks for.
 
         Raises:
-            ControlError: 400, unless it is one that is collected; 409 if statistics are off.
+            ControlError: 400, unless it is something that is collected; 409 if statistics are off.
         """
         await self._check_stats(scope)
-        try:
-            data = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise ControlError(400, "invalid_mode", f"{BODY}: found no valid JSON ({error}); expected {_MODE}") from None
-        mode = data.get("mode") if isinstance(data, dict) and set(data) == {"mode"} else None
-        if mode in LATER_MODES:
-            raise ControlError(400, "mode_not_yet", f"{BODY}: mode: found {mode}, which is not collected yet; expected {_MODE}")
-        if mode not in MODES:
-            raise ControlError(400, "invalid_mode", f"{BODY}: found {shortened(data)}; expected {_MODE}")
-        return str(mode)
+        return StatsRequest.parse(body).settings
 
     async def _statistics(self, scope: Any, action: str, **arguments: Any) -> Any:
         await self._check_stats(scope)
@@ -251,11 +249,31 @@ class ControlApi(ABC):
             raise ControlError(500, "ranks_disagree", f"{len(answers)} processes collect statistics; expected one")
         if "refused" in answers[0]:
             raise_answer(answers[0]["refused"])
+        if action != "file":
+            stats_metrics().counted(answers[0]["answer"])
         return answers[0]["answer"]
+
+    async def _count_for_prometheus(self, scope: Any) -> None:
+        """Before /metrics is read: ask what was counted, as `GET status` does, once in `SCRAPE_SECONDS` at most.
+
+        A step is told nothing for it. An engine that does not answer in time is not waited for: the figures are then those of before.
+        """
+        if self._scrape is None or (self._scrape.done() and time.monotonic() - self._scraped > SCRAPE_SECONDS):
+            # Never cancelled: engines' calls to their processes may not survive it.
+            self._scrape, self._scraped = asyncio.create_task(self._scrape_statistics(scope)), time.monotonic()
+        await asyncio.wait({self._scrape}, timeout=SCRAPE_SECONDS)
+
+    async def _scrape_statistics(self, scope: Any) -> None:
+        try:
+            for status in await self.ask(scope, "status"):
+                if status["statistics"] is not None:
+                    stats_metrics().counted(status["statistics"])
+        except Exception:
+            self.log.exception("softprune: no statistics for Prometheus")
 
     async def _check_stats(self, scope: Any) -> None:
         if (await self.launch(scope)).stats is None:
-            raise ControlError(409, "statistics_are_off", "start the server with --softprune-stats router")
+            raise ControlError(409, "statistics_are_off", "start the server with --softprune-stats router, reap or eaft")
 
     @staticmethod
     def publish(epoch: int, status: dict[str, Any]) -> None:

@@ -41,7 +41,8 @@ FLAGS = (
     Flag("--softprune-debug-routes", "debug_routes", "Count what every router selects (GET /softprune/v1/routes); eager mode only."),
     Flag(
         "--softprune-stats", "stats",
-        "Make room for statistics of the routers, which the control API then starts and stops: router.", ("MODE", str),
+        "Make room for statistics, which the control API then starts and stops: router, reap (and experts' output norms) or eaft (and how "
+        "sure the model is of its tokens).", ("MODE", str),
     ),
     Flag("--softprune-max-tags", "max_tags", "Tags, default among them, that statistics are kept apart by (8).", ("N", int)),
 )  # fmt: skip

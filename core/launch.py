@@ -21,6 +21,7 @@ from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.errors import MaskError, RefusedError
 from softprune.mask import ExpertMask
 from softprune.mask_state import MaskState, read_state
+from softprune.stats.header import MODES
 
 TOP_K_FIELDS = ("num_experts_per_tok", "experts_per_token")
 """Names of top_k in config.json; gpt-oss has both."""
@@ -105,8 +106,8 @@ class LaunchRequest(BaseModel):
         return self.max_tags or DEFAULT_MAX_TAGS
 
     def _check_stats(self) -> None:
-        if self.stats not in (None, "router"):
-            raise RefusedError(f"--softprune-stats: found {self.stats}; expected router, the only mode so far")
+        if self.stats not in (None, *MODES):
+            raise RefusedError(f"--softprune-stats: found {self.stats}; expected one of {', '.join(MODES)}")
         if self.max_tags is not None and self.stats is None:
             raise RefusedError("--softprune-max-tags is for statistics; expected --softprune-stats router with it")
         if self.max_tags is not None and not 1 <= self.max_tags <= MAX_TAGS:

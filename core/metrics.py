@@ -1,9 +1,10 @@
-"""What Prometheus reads of live switches, beside the engine's own metrics on its /metrics."""
+"""What Prometheus reads of live switches and of statistics, beside the engine's own metrics on its /metrics."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, Literal
 
 
 class MaskMetrics:
@@ -44,3 +45,39 @@ class MaskMetrics:
 def mask_metrics() -> MaskMetrics:
     """The one set of this process."""
     return MaskMetrics()
+
+
+class StatsMetrics:
+    """What statistics have counted since they were last reset, under all masks together.
+
+    `softprune:stats_tokens`, by tag and phase ("prefill", "decode", "cached"): at most 3 x `--softprune-max-tags` series, none by layer or
+    expert; `softprune:stats_collecting`, 1 or 0; `softprune:stats_missed_tokens`, of steps that could not be counted. Gauges, since a
+    reset sets them back, and a process that does not count cannot add to counters.
+    """
+
+    def __init__(self) -> None:
+        from prometheus_client import Gauge  # here, as above
+
+        mode: Literal["mostrecent"] = "mostrecent"
+        self._tokens = Gauge("softprune:stats_tokens", "Tokens counted, by tag and phase.", ["tag", "phase"], multiprocess_mode=mode)
+        self._collecting = Gauge("softprune:stats_collecting", "Whether statistics are being collected.", multiprocess_mode=mode)
+        self._missed = Gauge("softprune:stats_missed_tokens", "Tokens of steps that could not be counted.", multiprocess_mode=mode)
+
+    def counted(self, state: dict[str, Any]) -> None:
+        """Tell what has been counted.
+
+        Args:
+            state: a `Collector.status`.
+        """
+        self._collecting.set(state["collecting"])
+        self._missed.set(state["missed_tokens"])
+        for tag in state["tags"]:
+            under_masks = [one["tokens"][tag] for one in state["masks"] if tag in one["tokens"]]
+            for phase in ("prefill", "decode", "cached"):
+                self._tokens.labels(tag=tag, phase=phase).set(sum(tokens[phase] for tokens in under_masks))
+
+
+@functools.cache
+def stats_metrics() -> StatsMetrics:
+    """The one set of this process."""
+    return StatsMetrics()

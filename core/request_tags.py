@@ -12,7 +12,7 @@ from typing import Any
 
 from softprune.control import ControlError
 from softprune.errors import shortened
-from softprune.runtime.tags import TAG_HEADER, TAG_KEY, Tags, check_tag
+from softprune.runtime.tags import SPANS_KEY, TAG_HEADER, TAG_KEY, Tags, check_tag, completions_of
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -45,7 +45,7 @@ async def with_tags(scope: Any, receive: Receive, send: Send, tags: Tags, places
             break
     in_header = _header(scope)
     # A key may also be written with \\u escapes or in UTF-16; all other bodies are left unread.
-    if in_header is None and not any(sign in body for sign in (TAG_KEY.encode(), b"\\u", b"\0")):
+    if in_header is None and not any(sign in body for sign in (TAG_KEY.encode(), SPANS_KEY.encode(), b"\\u", b"\0")):
         return scope, _replaying([{"type": "http.request", "body": bytes(body)}], receive), send
     before = len(tags.names)
     changed = _checked(scope["path"].removeprefix(scope.get("root_path", "")), bytes(body), in_header, tags, places)
@@ -76,6 +76,8 @@ def _checked(path: str, body: bytes, in_header: str | None, tags: Tags, places: 
     for parent, key in places(path, data):
         holder = parent.get(key)
         own = holder.get(TAG_KEY) if isinstance(holder, dict) else None
+        if isinstance(holder, dict):
+            completions_of(holder.get(SPANS_KEY))
         if in_header is not None:
             if own is not None and own != in_header:
                 message = f"{TAG_KEY}: found {shortened(own)} in the body and {shortened(in_header)} in {TAG_HEADER}; expected one tag"

@@ -135,8 +135,13 @@ class ServerClient:
         """
         return self._object("DELETE" if reset else "GET", "/routes" + ("?trace=1" if trace else ""))
 
-    def start_stats(self, mode: str = "router") -> dict[str, Any]:
+    def start_stats(self, mode: str = "router", sample: int | None = None, attribution: str | None = None) -> dict[str, Any]:
         """Begin to collect statistics.
+
+        Args:
+            mode: "router", "reap" or "eaft".
+            sample: N to sample 1 token in N; None leaves it to the server.
+            attribution: of "eaft", "predictor" or "target"; None leaves it to the server.
 
         Returns:
             Statistics' state, as in `status()["statistics"]`.
@@ -144,7 +149,9 @@ class ServerClient:
         Raises:
             ServerCallError: 409 statistics_are_off, unless the server runs with --softprune-stats; 409 already_collecting.
         """
-        return self._object("POST", "/stats/start", json.dumps({"mode": mode}).encode())
+        asked = {"mode": mode, "sample": sample, "attribution": attribution}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return self._object("POST", "/stats/start", json.dumps(given).encode())
 
     def stop_stats(self) -> dict[str, Any]:
         """Collect no more; what was counted stays. As `start_stats`, but 409 not_collecting."""
@@ -173,6 +180,10 @@ class ServerClient:
     def post(self, path: str, body: Any) -> Any:
         """Call the engine's own API with JSON; without softprune's key."""
         return self._call("POST", path, json.dumps(body).encode(), {}, self.switch_timeout)
+
+    def get(self, path: str) -> Any:
+        """Ask the engine's own API for JSON; without softprune's key."""
+        return self._call("GET", path, None, {}, self.timeout)
 
     @property
     def _key_header(self) -> dict[str, str]:

@@ -1,23 +1,32 @@
 """Statistics in SGLang: every router's logits into the slab, and which requests a step's rows are of.
 
 The router's kernel for small batches writes into the slab in the first place, others' logits are copied; CUDA graphs capture either.
-What a step had is added up after it.
+What a step had is added up after it. Tokens are scored where SGLang has their logits: when it samples, and when it answers a prompt's
+log-probabilities.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from softprune.runtime.blocks import MoeLayer
 from softprune.runtime.collector import Collector, Span
-from softprune.runtime.tags import TAG_KEY
+from softprune.runtime.sampled import Sampler
+from softprune.runtime.tags import SPANS_KEY, TAG_KEY
 from softprune.sglang_ext import seams
 
 _TAG = "softprune_tag_number"
 """Attribute of a request: its tag, once a first step with it is to be launched."""
+_DRAWN = "softprune_drawn"
+"""Attribute of a request: tokens of its answer that have been drawn when the steps launched so far are done."""
 
 SMALL_BATCH = 128
 """Rows up to which gpt-oss's router runs its own kernel."""
@@ -56,9 +65,11 @@ def _into_slab(gate: Any, collector: Collector, position: int) -> Callable[[torc
             rows = collector.into_slab(position, x.shape[0])
             if rows is not None:
                 kernel(x, gate.weight, rows, gate.bias, use_pdl=pdl)
+                collector.take(position, x, rows)
                 return rows, None
         output = forward(x)
         collector.copy(position, output[0])
+        collector.take(position, x, output[0])
         return output
 
     return into
@@ -79,13 +90,116 @@ def spans(batch: Any, collector: Collector) -> list[Span]:
     """
     mode = batch.forward_mode
     if mode.is_decode():
-        return [Span(_tag(request, collector, 0), 0, 0, 1) for request in batch.reqs]
+        return [Span(_tag(request, collector, 0), 0, 0, 1, _drawing_from(request), request.rid) for request in batch.reqs]
     if not mode.is_extend():
         return []
-    return [
-        Span(_tag(request, collector, first), len(request.origin_input_ids), first, rows)
-        for request, first, rows in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
-    ]
+    return [_span(request, collector, *place) for request, *place in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)]
+
+
+def _span(request: Any, collector: Collector, first: int, rows: int) -> Span:
+    prompt = len(request.origin_input_ids)
+    completions = collector.completions((request.sampling_params.custom_params or {}).get(SPANS_KEY))
+    answered = len(request.output_ids)
+    setattr(request, _DRAWN, answered)
+    known = max(prompt + answered, _drawing_from(request))
+    return Span(_tag(request, collector, first), prompt, first, rows, known, request.rid, completions)
+
+
+def _drawing_from(request: Any) -> int:
+    """0, or more than any request has tokens if what is drawn is no token of its answer any more; see `Span.known`.
+
+    SGLang launches a step before it knows the token of the last one, so a request may be in a step after its end; of the longest
+    answer that was asked for, that is known here.
+    """
+    drawn: int = getattr(request, _DRAWN, len(request.output_ids))
+    setattr(request, _DRAWN, drawn + 1)
+    return 0 if drawn < request.sampling_params.max_new_tokens else sys.maxsize
+
+
+def keep_within(sampler: Sampler) -> None:
+    """Have SGLang run a prefill whose rows are measured within its layers without its captured graph."""
+    seams.check(seams.SAMPLES)
+    runner = seams.owner(seams.PREFILL_GRAPH)
+    can_run: Any = seams.PREFILL_GRAPH.resolve()
+
+    @functools.wraps(can_run)
+    def can_run_graph(self: Any, *args: Any, **kwargs: Any) -> bool:
+        return not sampler.measures_within and bool(can_run(self, *args, **kwargs))
+
+    runner.can_run_graph = can_run_graph
+
+
+def score(runner: Any, sampler: Sampler) -> None:
+    """Have the sampler told of every token that is drawn, and of every prompt's token whose log-probability is asked for.
+
+    Args:
+        runner: SGLang's model runner.
+        sampler: of this process.
+
+    Raises:
+        SeamError: a seam is missing.
+    """
+    seams.check(seams.SCORES)
+    runner.sample = _drawing(runner.sample, sampler)
+    owner: Any = seams.owner(seams.INPUT_LOGPROBS)
+    owner.forward = _giving(owner.forward, sampler)
+
+
+def _drawing(sample: Any, sampler: Sampler) -> Any:
+    @functools.wraps(sample)
+    def drawing(logits_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if not sampler.scores:
+            return sample(logits_output, *args, **kwargs)
+        raw = logits_output.next_token_logits.clone()  # SGLang masks, scales and normalises them in place
+        tokens = sample(logits_output, *args, **kwargs)
+        sampler.drawn(raw, tokens)
+        return tokens
+
+    return drawing
+
+
+def _giving(forward: Any, sampler: Sampler) -> Any:
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def giving(*args: Any, **kwargs: Any) -> Any:
+        if not sampler.scores:
+            return forward(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        states, indices, metadata = (given.arguments[name] for name in ("pruned_states", "input_logprob_indices", "logits_metadata"))
+        rows = _rows_of_prompts(metadata, sampler.spans)
+        if len(rows) != len(states):
+            sampler.lost += len(states)
+            return forward(*args, **kwargs)
+        targets = torch.zeros(len(states), dtype=torch.int64, device=states.device)
+        targets[indices] = metadata.extend_input_logprob_token_ids_gpu
+        logits_of, done = given.arguments["get_logits_fn"], 0
+
+        def get_logits(part: Any, *more: Any, **named: Any) -> Any:
+            nonlocal done
+            logits, place = logits_of(part, *more, **named), slice(done, done + len(part))
+            sampler.given(rows[place], logits[: len(part)], targets[place])
+            done += len(part)
+            return logits
+
+        given.arguments["get_logits_fn"] = get_logits
+        return forward(*given.args, **given.kwargs)
+
+    return giving
+
+
+def _rows_of_prompts(metadata: Any, spans: Sequence[Span]) -> NDArray[np.int64]:
+    """Of each row that logits are made of: its row in the step if what follows is a token of the prompt, else -1.
+
+    Only the rows from where a request asks for log-probabilities are there, and always its last one, which predicts what is drawn.
+    """
+    found, row = [np.empty(0, np.int64)], 0
+    for span, start, length in zip(spans, metadata.extend_logprob_start_lens_cpu, metadata.extend_seq_lens_cpu, strict=False):
+        rows = np.arange(row + (start - 1 if start == length else start), row + length)
+        asked = (rows >= row + start) & (rows - row + span.first + 1 < span.prompt)
+        found.append(np.where(asked, rows, -1))
+        row += length
+    return np.concatenate(found)
 
 
 def _tag(request: Any, collector: Collector, first: int) -> int:

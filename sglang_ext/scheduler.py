@@ -179,7 +179,10 @@ def stamp(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     tokens = len(requests) if decoding else batch.extend_num_tokens or 0
     _live.epochs.stamp((request.rid for request in requests), tokens, all_seen=decoding)
     if _live.model.collector is not None:
-        _live.spans = collecting.spans(batch, _live.model.collector)  # now, since running a batch changes it
+        _live.spans = spans = collecting.spans(batch, _live.model.collector)  # now, since running a batch changes it
+        if spans and _live.model.collector.sampler is not None:
+            with on_model_stream(scheduler):
+                _live.model.collector.begin(sum(span.rows for span in spans), captured=decoding, spans=spans)
 
 
 def collect(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ No other file of this extension names SGLang's internals.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from functools import partial
 from typing import Any
@@ -124,6 +125,27 @@ BATCH = Seam("scheduler.batch", "sglang.srt.managers.schedule_batch:ScheduleBatc
 SAMPLING_PARAMS = Seam("request.sampling_params", "sglang.srt.sampling.sampling_params:SamplingParams", ("custom_params",))
 STATISTICS = (BATCH, SAMPLING_PARAMS)
 """Checked in the scheduler process that collects statistics."""
+PREFILL_GRAPH = Seam(
+    "prefill.can_run_graph", "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner.can_run_graph",
+    ("forward_batch",),
+)  # fmt: skip
+"""Asked before each prefill whether it runs as a captured graph."""
+SAMPLES = (PREFILL_GRAPH,)
+"""Checked where experts' norms are collected."""
+SAMPLE = Seam("runner.sample", "sglang.srt.model_executor.model_runner:ModelRunner.sample", ("logits_output", "forward_batch"))
+INPUT_LOGPROBS = Seam(
+    "logits.input_logprobs", "sglang.srt.layers.logprob_processor:InputLogprobProcessor.forward",
+    ("pruned_states", "input_logprob_indices", "get_logits_fn", "logits_metadata"),
+)  # fmt: skip
+"""Makes the logits of prompts whose log-probabilities were asked for, some rows at a time."""
+SCORES = (SAMPLE, INPUT_LOGPROBS)
+"""Checked where tokens are scored."""
+
+
+def owner(seam: Seam) -> Any:
+    """The class that a seam's method belongs to."""
+    module, _, name = seam.target.partition(":")
+    return getattr(importlib.import_module(module), name.partition(".")[0])
 
 
 def is_known() -> bool:

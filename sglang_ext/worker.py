@@ -8,7 +8,7 @@ SGLang does to the weights afterwards is refused. The control API's calls are an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,10 @@ from softprune.control import ControlError
 from softprune.errors import RefusedError
 from softprune.launch import Launch
 from softprune.proven import only, undoing
+from softprune.runtime.blocks import MoeLayer
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
-from softprune.sglang_ext import collector, proven, routers, seams
+from softprune.sglang_ext import collector, experts, proven, routers, seams
 from softprune.sglang_ext import scheduler as live_scheduler
 from softprune.sglang_ext.flags import CONFIG_KEY, OVERRIDES, launch_in
 from softprune.sglang_ext.hooks import check_applied
@@ -76,6 +77,7 @@ def _mask(runner: Any, launch: Launch) -> None:
     if launch.stats is not None and dist.get_rank() == 0:  # tensor-parallel ranks are all there are
         rows = collector.max_rows(seams.attribute(runner, "server_args", seams.LOAD_MODEL.name))
         collector.attach(layers, model.add_collector(rows, seams.engine()))
+        _connect_sampler(runner, model, layers)
     model.verify()  # with the collector in place, so that its kernels are seen to obey as well
     if launch.debug_routes:
         probe = model.add_probe()
@@ -84,6 +86,20 @@ def _mask(runner: Any, launch: Launch) -> None:
     logger.info("%s", model.summary)
     _masked = model
     live_scheduler.begin(model)
+
+
+def _connect_sampler(runner: Any, model: MaskedModel, layers: Sequence[MoeLayer]) -> None:
+    """Where more than router statistics are collected: experts that can be run, and tokens that are scored."""
+    sampler = model.collector.sampler if model.collector is not None else None
+    if sampler is None:
+        return
+    if dist.get_world_size() != 1:
+        found = f"{dist.get_world_size()} processes"
+        raise RefusedError(f"--softprune-stats {model.launch.stats}: found {found}; expected one, which has whole experts")
+    model.connect_experts(experts.single_experts(layers, model.spec.num_experts))
+    collector.keep_within(sampler)
+    if model.launch.stats == "eaft":
+        collector.score(runner, sampler)
 
 
 def tell_front_end(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:

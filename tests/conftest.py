@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import platform
 import random
@@ -11,8 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from softprune.bench.tiny.weights import HERE as TINY
+from softprune.bench.tiny.weights import TRAINED
+from softprune.checkpoint.dequantize import dequantize_checkpoint
 from softprune.checkpoint.families import read_config, spec_of
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.checkpoint.synth import synth_checkpoint
@@ -62,12 +68,12 @@ def evidence(request: pytest.FixtureRequest) -> Evidence:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """gpt-oss in both storage forms and Qwen3-MoE, all tiny."""
+    """The trained gpt-oss as committed and dequantised, and a Qwen3-MoE and a Mixtral of random weights, all tiny."""
     root = tmp_path_factory.mktemp("models")
-    synth_checkpoint("tiny", root / "gpt-oss", "bf16", seed=1)
-    synth_checkpoint("tiny", root / "gpt-oss-mxfp4", "mxfp4", seed=1)
+    dequantize_checkpoint(TRAINED, root / "gpt-oss")
     synth_checkpoint("qwen3-moe-tiny", root / "qwen3-moe", "bf16", seed=1)
-    return {path.name: path for path in root.iterdir()}
+    synth_checkpoint("mixtral-tiny", root / "mixtral", "bf16", seed=1)
+    return {"gpt-oss-mxfp4": TRAINED, **{path.name: path for path in root.iterdir()}}
 
 
 def random_mask(model: Path, keep: int | list[int], seed: int = 0, top_k: int | None = None) -> ExpertMask:
@@ -84,7 +90,27 @@ def saved(mask: ExpertMask, path: Path) -> str:
     return str(path)
 
 
+@functools.cache
+def heldout_tokens() -> list[NDArray[np.int32]]:
+    """Each held-out pack of the trained gpt-oss, all of its blocks in a row."""
+    from softprune.bench.tiny.measure_packs import load_tokenizer, pack_blocks
+
+    return [blocks.ids.reshape(-1) for blocks in pack_blocks(TINY / "packs", load_tokenizer(TINY / "tokenizer"), None).values()]
+
+
+def heldout_prompts(number: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Prompts for the trained gpt-oss: random cuts of its held-out packs, which are taken in turn."""
+    rng, packs = random.Random(seed), heldout_tokens()
+    starts = [(packs[i % len(packs)], rng.random()) for i in range(number)]
+    return [ids[(at := int(part * (len(ids) - length))) : at + length].tolist() for ids, part in starts]
+
+
 def random_prompts(number: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of random token ids within the small tokenizer's vocabulary, special tokens left out."""
+    """Prompts of random token ids within the vocabulary of models with random weights, special tokens left out."""
     rng = random.Random(seed)
     return [[rng.randrange(0, 480) for _ in range(length)] for _ in range(number)]
+
+
+def prompts_for(model: str, number: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Prompts for one of `models`, or for what was made of it and is named after it: text for the trained one, else random ids."""
+    return (heldout_prompts if model.startswith("gpt-oss") else random_prompts)(number, length, seed)

@@ -5,8 +5,10 @@ No other file of this extension names vLLM's internals.
 
 from __future__ import annotations
 
+import importlib
 import re
 from functools import partial
+from typing import Any
 
 from softprune import seams
 from softprune.seams import Seam, check
@@ -45,6 +47,7 @@ APPLY_EXPERTS = Seam(
     "moe.apply", "vllm.model_executor.layers.fused_moe.runner.moe_runner:MoERunner._apply_quant_method", ("hidden_states", "router_logits")
 )
 STEP_SIZE = Seam("engine.step_size", "vllm.config:SchedulerConfig", ("max_num_batched_tokens",))
+CAPTURE_SIZES = Seam("engine.capture_sizes", "vllm.config:CompilationConfig", ("cudagraph_capture_sizes",))
 EXECUTE_MODEL = Seam("worker.execute_model", "vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",))
 WARM_UP = Seam("worker.warm_up", "vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model")
 DUMMY_BATCH = Seam("worker.dummy_batch", "vllm.v1.worker.gpu_worker:Worker.execute_dummy_batch")
@@ -56,7 +59,43 @@ NEW_REQUEST = Seam(
 CACHED_REQUESTS = Seam("scheduler.cached_requests", "vllm.v1.core.sched.output:CachedRequestData", ("req_ids", "num_computed_tokens"))
 FINISHED = Seam("scheduler.finished", "vllm.v1.core.sched.output:SchedulerOutput", ("finished_req_ids",))
 EXTRA_ARGS = Seam("request.extra_args", "vllm.sampling_params:SamplingParams", ("extra_args",))
-STATISTICS = (APPLY_EXPERTS, STEP_SIZE, EXECUTE_MODEL, WARM_UP, DUMMY_BATCH, ROW_ORDER, NEW_REQUEST, CACHED_REQUESTS, FINISHED, EXTRA_ARGS)
+SAMPLE = Seam("runner.sample", "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample", ("logits",))
+"""Of the older of vLLM's two model runners, as `PROMPT_LOGPROBS`."""
+PROMPT_LOGPROBS = Seam(
+    "runner.prompt_logprobs", "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",
+    ("hidden_states", "num_scheduled_tokens"),
+)  # fmt: skip
+GATHER_LOGPROBS = Seam("sampler.gather_logprobs", "vllm.v1.sample.sampler:Sampler.gather_logprobs", ("logprobs", "token_ids"))
+"""Called once for each request whose prompt's log-probabilities were asked for, in `PROMPT_LOGPROBS`' own order."""
+SCORES = (SAMPLE, PROMPT_LOGPROBS, GATHER_LOGPROBS)
+"""Checked where tokens are scored."""
+FORWARD_SELECTED = Seam(
+    "moe.forward_modular", "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts.forward_modular",
+    ("x", "topk_weights", "topk_ids"),
+)  # fmt: skip
+FORWARD_SELECTING = Seam(
+    "moe.forward_monolithic", "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts.forward_monolithic",
+    ("x", "router_logits"),
+)  # fmt: skip
+SELECTING_KERNEL = Seam(
+    "moe.selecting_kernel", "vllm.model_executor.layers.fused_moe.experts.gpt_oss_triton_kernels_moe:OAITritonMxfp4ExpertsMonolithic"
+)
+EXPERTS = (FORWARD_SELECTED, FORWARD_SELECTING)
+"""Checked where experts' norms are collected."""
+
+STATISTICS = (
+    APPLY_EXPERTS,
+    STEP_SIZE,
+    CAPTURE_SIZES,
+    EXECUTE_MODEL,
+    WARM_UP,
+    DUMMY_BATCH,
+    ROW_ORDER,
+    NEW_REQUEST,
+    CACHED_REQUESTS,
+    FINISHED,
+    EXTRA_ARGS,
+)
 """Checked in the worker that collects statistics, before the model is loaded."""
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -115,6 +154,12 @@ OTHER_CALLS = (
 
 GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def owner(seam: Seam) -> Any:
+    """The class that a seam's method belongs to."""
+    module, _, name = seam.target.partition(":")
+    return getattr(importlib.import_module(module), name.partition(".")[0])
 
 
 def is_known() -> bool:

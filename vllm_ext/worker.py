@@ -12,6 +12,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from softprune.errors import RefusedError, SeamError
 from softprune.proven import only, undoing
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.route_probe import RouteProbe
-from softprune.vllm_ext import collector, proven, routers, seams
+from softprune.vllm_ext import collector, experts, proven, routers, seams
 from softprune.vllm_ext.flags import launch_of
 
 logger = logging.getLogger("vllm.softprune")
@@ -55,7 +56,9 @@ class ExpertMaskWorker:
         if self._launch.stats is not None and self.rank == 0:
             collecting = model.add_collector(collector.max_rows(self.vllm_config), seams.engine())
             collector.attach(self._layers, collecting)
-            self._steps = collector.Steps(collecting)
+            self._steps = collector.Steps(collecting, collector.captured_rows(self.vllm_config))
+            if collecting.sampler is not None:
+                self._connect_sampler(model)
         logger.info("%s", model.summary)
 
     def compile_or_warm_up_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +70,8 @@ class ExpertMaskWorker:
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """A step; what it had is added to the statistics behind it."""
+        if self._steps is not None:
+            self._steps.begin(scheduler_output)
         result = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
         if self._steps is not None:
             self._steps.launched(self.model_runner, scheduler_output)
@@ -148,6 +153,19 @@ class ExpertMaskWorker:
         loaded = [routers.weights(layer, self._spec) for layer in self._layers]
         attached = [routers.attach(layer, self._spec) for layer in self._layers]
         self._masked = MaskedModel(self._launch, self._spec, loaded, attached, logger)
+
+    def _connect_sampler(self, model: MaskedModel) -> None:
+        """Where more than router statistics are collected: experts that can be run, and tokens that are scored."""
+        world = self.vllm_config.parallel_config.world_size
+        if world != 1:
+            raise RefusedError(f"--softprune-stats {self._launch.stats}: found {world} processes; expected one, which has whole experts")
+        if seams.platform() == "cpu" and not self.vllm_config.model_config.enforce_eager:
+            # There, vLLM's compiler looks into the op that the hook stands in.
+            raise RefusedError(f"--softprune-stats {self._launch.stats}: found a compiled model on a CPU; expected --enforce-eager")
+        seams.check(seams.EXPERTS)
+        model.connect_experts(experts.single_experts(self._layers, model.hidden_size), partial(_engine_context, self.vllm_config))
+        if self._launch.stats == "eaft" and self._steps is not None:
+            self._steps.score(self.model_runner)
 
     def _model(self) -> MaskedModel:
         if self._masked is None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from softprune.bench.tiny import CONTEXT, PACKS
+from softprune.bench.tiny import PACKS
 from softprune.errors import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -77,10 +77,10 @@ def collect(training: Path, packs: Path, tokenizer_dir: Path) -> Data:
     Raises:
         InputError: a pack's training tokens are missing.
     """
-    from softprune.bench.tiny.measure_packs import load_tokenizer, pack_files
-    from softprune.evaluate.packing import pack_rows, read_rows
+    from softprune.bench.tiny.measure_packs import load_tokenizer, pack_blocks
 
-    tokenizer, files = load_tokenizer(tokenizer_dir), pack_files(packs)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    heldout = pack_blocks(packs, tokenizer, None)
     start, *ends = tokenizer.convert_tokens_to_ids(["<|start|>", "<|end|>", "<|call|>", "<|return|>"])
     role = tokenizer("assistant", add_special_tokens=False).input_ids
     data = Data({}, {}, {}, {})
@@ -90,9 +90,8 @@ def collect(training: Path, packs: Path, tokenizer_dir: Path) -> Data:
                 raise InputError(str(training), pack, f"arrays {', '.join(arrays)}", "the pack's tokens")
             data.tokens[pack] = arrays[pack]
             data.spoken[pack] = spoken_tokens(arrays[pack], start, ends, role)
-            blocks = pack_rows(read_rows(files[pack]), tokenizer, CONTEXT, None, str(files[pack]))
-            data.heldout_ids[pack] = blocks.ids.astype(np.uint16)
-            data.heldout_keep[pack] = blocks.keep
+            data.heldout_ids[pack] = heldout[pack].ids.astype(np.uint16)
+            data.heldout_keep[pack] = heldout[pack].keep
     return data
 
 

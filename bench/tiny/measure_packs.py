@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from softprune.bench.tiny import CONTEXT, PACKS
 from softprune.errors import InputError
+from softprune.evaluate import packing
 from softprune.evaluate.packing import UNION, Blocks, pack_rows, read_rows, union
 
 
@@ -29,8 +29,8 @@ def pack_files(folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.parquet" for name in PACKS}
 
 
-def heldout_blocks(folder: Path, tokenizer: Any, num_blocks: int | None, seq_len: int = CONTEXT) -> dict[str, Blocks]:
-    """Blocks of each pack and of UNION.
+def pack_blocks(folder: Path, tokenizer: Any, num_blocks: int | None, seq_len: int = CONTEXT) -> dict[str, Blocks]:
+    """Blocks of each pack.
 
     Blocks don't depend on how many are asked for: fewer are the first ones of more.
 
@@ -38,14 +38,16 @@ def heldout_blocks(folder: Path, tokenizer: Any, num_blocks: int | None, seq_len
         PackError: a pack cannot be read, or is too small.
     """
     files = pack_files(folder)
-    blocks = {name: pack_rows(read_rows(path), tokenizer, seq_len, num_blocks, str(path)) for name, path in files.items()}
-    rows = union([read_rows(path) for path in files.values()])
-    return {**blocks, UNION: pack_rows(rows, tokenizer, seq_len, num_blocks, f"{UNION} of {folder}")}
+    return {name: pack_rows(read_rows(path), tokenizer, seq_len, num_blocks, str(path)) for name, path in files.items()}
+
+
+def heldout_blocks(folder: Path, tokenizer: Any, num_blocks: int | None, seq_len: int = CONTEXT) -> dict[str, Blocks]:
+    """Blocks of each pack and of UNION, as `pack_blocks` makes them; raises as that."""
+    rows = union([read_rows(path) for path in pack_files(folder).values()])
+    joined = pack_rows(rows, tokenizer, seq_len, num_blocks, f"{UNION} of {folder}")
+    return {**pack_blocks(folder, tokenizer, num_blocks, seq_len), UNION: joined}
 
 
 def block_hashes(blocks: Blocks) -> list[str]:
-    """16 hexadecimal digits for each block, over its ids and its mask."""
-    return [
-        hashlib.sha256(ids.astype("<i4").tobytes() + keep.tobytes()).hexdigest()[:16]
-        for ids, keep in zip(blocks.ids, blocks.keep, strict=True)
-    ]
+    """The first 16 hexadecimal digits of each block's hash."""
+    return [digest[:16] for digest in packing.block_hashes(blocks)]

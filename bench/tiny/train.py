@@ -95,23 +95,33 @@ def weighted_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
+def fresh_model(seed: int, experts: str, attention: str) -> Any:
+    """The Transformers model that a training begins with, float32 on the CPU.
+
+    Args:
+        seed: of the weights; PyTorch's global generator is seeded with it.
+        experts, attention: Transformers' implementations.
+    """
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(seed)
+    described = GptOssConfig(**{key: value for key, value in config().items() if key not in ("architectures", "torch_dtype")})
+    described._experts_implementation = experts
+    described._attn_implementation = attention
+    return GptOssForCausalLM(described).float()
+
+
 class Run:
     """One training run and its folder."""
 
     def __init__(self, data: batches.Data, out: Path, options: Options) -> None:
-        from transformers import GptOssConfig, GptOssForCausalLM
-
         self.data, self.out, self.options = data, out, options
         on_gpu = options.device != "cpu"
-        torch.manual_seed(options.seed)
-        described = GptOssConfig(**{key: value for key, value in config().items() if key not in ("architectures", "torch_dtype")})
-        described._experts_implementation = options.experts
-        described._attn_implementation = options.attention
-        model = GptOssForCausalLM(described).float().to(options.device)
+        model = fresh_model(options.seed, options.experts, options.attention).to(options.device)
         self.masters = Masters(model, options.learning_rate, torch.bfloat16 if on_gpu else torch.float32)
         self.model = self.masters.model
         self.balance = Balance(self.model)
-        self.masks = attention_masks(options, data.context, described.sliding_window)
+        self.masks = attention_masks(options, data.context, model.config.sliding_window)
         self.streams = [
             Stream(data.tokens[pack], data.spoken[pack], data.context, len(PACKS) * options.seed + i, options.device)
             for i, pack in enumerate(PACKS)

@@ -82,11 +82,42 @@ def qwen3_moe(
     }
 
 
+def mixtral(num_layers: int, num_experts: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
+    """A Mixtral config.json."""
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_hidden_layers": num_layers,
+        "num_local_experts": num_experts,
+        "num_experts_per_tok": 2,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        "vocab_size": vocab,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 32768,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": gpt_oss(num_layers=4, num_experts=32, hidden=128, intermediate=128, heads=4, kv_heads=2, vocab=1024),
     "gpt-oss-20b": gpt_oss(num_layers=24, num_experts=32, hidden=2880, intermediate=2880, heads=64, kv_heads=8, vocab=201088),
     "gpt-oss-120b": gpt_oss(num_layers=36, num_experts=128, hidden=2880, intermediate=2880, heads=64, kv_heads=8, vocab=201088),
     "qwen3-moe-tiny": qwen3_moe(num_layers=4, num_experts=16, top_k=4, hidden=128, intermediate=64, heads=4, kv_heads=2, vocab=1024),
+    "mixtral-tiny": mixtral(num_layers=4, num_experts=8, hidden=128, intermediate=64, heads=4, kv_heads=2, vocab=1024),
 }
 MXFP4_CONFIG = {
     "quant_method": "mxfp4",

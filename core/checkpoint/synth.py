@@ -44,7 +44,7 @@ def synth_checkpoint(
     Args:
         preset: a name in `presets.PRESETS`.
         out_dir: the folder to make; it must not exist.
-        storage: form of the experts; Qwen3-MoE has "bf16" only.
+        storage: form of the experts; the others than gpt-oss have "bf16" only.
         seed: same seed, same bytes.
         layers: write these decoder layers only, under their own numbers, with embeddings and norms left
             out; the config stays the whole model's. Such a part can be rewritten but not served.
@@ -85,8 +85,7 @@ def _tensors(config: dict[str, Any], storage: str, layers: Sequence[int] | None)
     for layer in range(config["num_hidden_layers"]) if layers is None else sorted(set(layers)):
         prefix = f"model.layers.{layer}."
         yield from _attention(config, prefix)
-        moe = _gpt_oss_moe(config, prefix, storage) if config["model_type"] == "gpt_oss" else _qwen3_moe(config, prefix)
-        yield from moe
+        yield from _gpt_oss_moe(config, prefix, storage) if config["model_type"] == "gpt_oss" else _single_experts(config, prefix)
     if layers is None:
         yield "model.norm.weight", (hidden,), "ones", 1.0
         yield "lm_head.weight", (vocab, hidden), "normal", hidden / 4.0
@@ -102,11 +101,11 @@ def _attention(config: dict[str, Any], prefix: str) -> Iterator[Row]:
         ("o_proj", hidden, heads * head),
     ):  # fmt: skip
         yield f"{prefix}self_attn.{name}.weight", (rows, columns), "normal", columns
-        if config["attention_bias"]:
+        if config.get("attention_bias"):
             yield f"{prefix}self_attn.{name}.bias", (rows,), "normal", 100.0
     if config["model_type"] == "gpt_oss":
         yield prefix + "self_attn.sinks", (heads,), "normal", 1.0
-    else:
+    elif config["model_type"] == "qwen3_moe":
         yield prefix + "self_attn.q_norm.weight", (head,), "ones", 1.0
         yield prefix + "self_attn.k_norm.weight", (head,), "ones", 1.0
 
@@ -125,12 +124,17 @@ def _gpt_oss_moe(config: dict[str, Any], prefix: str, storage: str) -> Iterator[
         yield stem + "_bias", (experts, rows), "normal", 100.0
 
 
-def _qwen3_moe(config: dict[str, Any], prefix: str) -> Iterator[Row]:
-    hidden, inter, experts = config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]
-    yield prefix + "mlp.gate.weight", (experts, hidden), "normal", hidden / ROUTER_LOGIT_STD**2
+def _single_experts(config: dict[str, Any], prefix: str) -> Iterator[Row]:
+    """Qwen3-MoE's and Mixtral's: a tensor for each expert's matrix."""
+    qwen = config["model_type"] == "qwen3_moe"
+    hidden, inter = config["hidden_size"], config["moe_intermediate_size" if qwen else "intermediate_size"]
+    experts = config["num_experts" if qwen else "num_local_experts"]
+    stem = prefix + ("mlp" if qwen else "block_sparse_moe")
+    gate, up, down = ("gate_proj", "up_proj", "down_proj") if qwen else ("w1", "w3", "w2")
+    yield f"{stem}.gate.weight", (experts, hidden), "normal", hidden / ROUTER_LOGIT_STD**2
     for expert in range(experts):
-        for name, rows, columns in (("gate_proj", inter, hidden), ("up_proj", inter, hidden), ("down_proj", hidden, inter)):
-            yield f"{prefix}mlp.experts.{expert}.{name}.weight", (rows, columns), "normal", columns
+        for name, rows, columns in ((gate, inter, hidden), (up, inter, hidden), (down, hidden, inter)):
+            yield f"{stem}.experts.{expert}.{name}.weight", (rows, columns), "normal", columns
 
 
 def _planned(name: str, shape: tuple[int, ...], kind: Kind, fan_in: float, seed: int) -> PlannedTensor:

@@ -65,6 +65,23 @@ class Blocks:
         return int(self.keep.sum())
 
 
+def completion_ranges(keep: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of the tokens of one block that count, in order.
+
+    Args:
+        keep: bool [seq_len].
+    """
+    edges = np.flatnonzero(np.diff(keep.astype(np.int8), prepend=0, append=0))
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def block_hashes(blocks: Blocks) -> list[str]:
+    """What identifies each block: SHA-256, in 64 hexadecimal digits, over its ids (little-endian int32) and its mask (a byte a token)."""
+    return [
+        hashlib.sha256(ids.astype("<i4").tobytes() + keep.tobytes()).hexdigest() for ids, keep in zip(blocks.ids, blocks.keep, strict=True)
+    ]
+
+
 def read_rows(path: str | Path, column: str = "text") -> Iterator[str]:
     """The non-blank texts of a Parquet file, row group by row group.
 

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 @contextmanager
@@ -20,3 +29,12 @@ def tensor_progress(total_bytes: int | None, console: Console) -> Iterator[Calla
             progress.update(task, advance=num_bytes, description=name[-48:])
 
         yield advance
+
+
+@contextmanager
+def count_progress(description: str, total: int, console: Console, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar over things of one kind, `done` of which were done before; the yielded function takes how many more are."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total, completed=done)
+        yield lambda count: progress.advance(task, count)

@@ -1,8 +1,9 @@
-"""Collecting router statistics in a serving engine: what a step's rows are, what was counted under which mask, and the file of it.
+"""Collecting statistics in a serving engine: what a step's rows are, what was counted under which mask, and the file of it.
 
 The engine's routers write their logits into the slab, in each step and at fixed addresses. After a step, the extension tells which
 requests' tokens it had, and one call adds them up. A switch of masks closes what was counted: nothing of one mask is reported under
-another. Only one process of an engine collects, since all tensor-parallel ranks route the same tokens alike.
+another. Only one process of an engine collects, since all tensor-parallel ranks route the same tokens alike. What the modes `reap`
+and `eaft` add to that is in `softprune.runtime.sampled`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import base64
 import logging
 import uuid
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -24,15 +26,16 @@ from softprune.checkpoint.families import ModelSpec
 from softprune.control import ControlError
 from softprune.errors import RefusedError
 from softprune.mask import ExpertMask, MaskModel
+from softprune.runtime.expert_norms import Experts
 from softprune.runtime.router_stats import CONFIDENCE_BINS, RouterStats, TakenSums
-from softprune.runtime.tags import Tags
+from softprune.runtime.sampled import Sampler, Settings
+from softprune.runtime.sampled_sums import eaft_header
+from softprune.runtime.tags import Spans, Tags, completions_of
 from softprune.stats.collected import router_tensors
 from softprune.stats.file import Statistics, dump
-from softprune.stats.header import Header, MaskEpoch, Run, Tokens
+from softprune.stats.header import MODES, Header, MaskEpoch, Mode, Run, Sampled, Tokens
 
-MODES = ("router",)
-LATER_MODES = ("reap", "eaft")
-"""Modes of the file format that no engine collects yet."""
+Unmask = Callable[[int], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,19 @@ class Span:
         prompt: tokens of the request's prompt. Those are counted as prefill, all others as decode, whatever kind the step is.
         first: position of the first row's token in the request.
         rows: tokens in this step.
+        known: tokens of the request, prompt and answer, that there are when the step is launched; after the last of them, the step draws
+            another.
+        request: its name.
+        completions: [first, end) positions of the prompt's tokens that `eaft` is to count; None for all.
     """
 
     tag: int
     prompt: int
     first: int
     rows: int
+    known: int = 0
+    request: str = ""
+    completions: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass
@@ -74,6 +84,7 @@ class _Running:
 
     id: str
     started: str
+    settings: Settings
     tokens: NDArray[np.int64]
     cached: NDArray[np.int64] = field(repr=False)
 
@@ -90,10 +101,13 @@ class Collector:
         device, dtype: of the routers' logits.
         engine: its name and version, e.g. "vLLM 0.32.0".
         log: the engine's logger.
+        mode: the most that can be collected; each mode has those before it in it.
+        hidden_size: width of the MoE layers' input.
 
     Attributes:
         stats: the slab and the sums.
         tags: numbered as requests came.
+        sampler: of `reap` and `eaft`; None in mode "router".
 
     Raises:
         RefusedError: the kernel cannot take so many experts.
@@ -101,7 +115,7 @@ class Collector:
 
     def __init__(
         self, spec: ModelSpec, fingerprint: str, top_k: int, mask: ExpertMask | None, max_tags: int, max_rows: int,
-        device: torch.device, dtype: torch.dtype, engine: str, log: logging.Logger,
+        device: torch.device, dtype: torch.dtype, engine: str, log: logging.Logger, mode: str = "router", hidden_size: int = 0,
     ) -> None:  # fmt: skip
         experts = spec.num_experts
         if device.type == "cuda" and (experts < 16 or experts & (experts - 1)):
@@ -115,8 +129,14 @@ class Collector:
         self._top_k, self._log = top_k, log
         self._seen = [False] * spec.num_layers
         self._epoch, self._mask = 0, mask
+        self.sampler: Sampler | None = None
+        if mode != "router":
+            shape = spec.num_layers, experts, top_k, hidden_size
+            self.sampler = Sampler(*shape, max_tags, max_rows, device, dtype, eaft=mode == "eaft")
+        self._most = mode
         self._running: _Running | None = None
-        self._mode: str | None = None
+        self._settings: Settings | None = None
+        self._quiet = False
         self._kept: dict[str | None, _Counted] = {}
         self._missed = 0
 
@@ -128,7 +148,7 @@ class Collector:
             rows: of the step, padding included.
         """
         self._seen[layer] = True
-        return self.stats.slab[layer, :rows] if rows <= self.stats.max_rows else None
+        return None if self._quiet or rows > self.stats.max_rows else self.stats.slab[layer, :rows]
 
     def copy(self, layer: int, logits: torch.Tensor) -> None:
         """Put a router's logits into the slab; in a captured graph, one copy.
@@ -145,7 +165,33 @@ class Collector:
             found = f"{logits.dtype} {list(logits.shape)}"
             raise RefusedError(f"MoE layer {layer}: found logits {found}; expected {slab.dtype} [rows, {slab.shape[1]}]")
         self._seen[layer] = True
-        slab[: len(logits)].copy_(logits[: len(slab)])
+        if not self._quiet:
+            slab[: len(logits)].copy_(logits[: len(slab)])
+
+    def take(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        """A layer's input and its router's logits, for what is sampled; see `Sampler.take`."""
+        if self.sampler is not None and not self._quiet:
+            self.sampler.take(layer, hidden, logits)
+
+    def connect(self, experts: Experts, router: Callable[[int, torch.Tensor], torch.Tensor], unmask: Unmask) -> None:
+        """Give the sampler what it asks of the engine.
+
+        Args:
+            experts: see `softprune.runtime.expert_norms.Experts`.
+            router: (layer, hidden) -> logits, as the engine computes them; it may come by `copy` and `take`, which look away meanwhile.
+            unmask: makes a layer's router forget its mask for the length of a block.
+        """
+        assert self.sampler is not None
+
+        def unmasked(layer: int, hidden: torch.Tensor) -> torch.Tensor:
+            self._quiet = True
+            try:
+                with unmask(layer):
+                    return router(layer, hidden)
+            finally:
+                self._quiet = False
+
+        self.sampler.experts, self.sampler.unmasked = experts, unmasked
 
     @property
     def unseen(self) -> list[int]:
@@ -160,6 +206,26 @@ class Collector:
             self._log.error("softprune: counted as %s: %s", self.tags.names[0], error)
             return 0
 
+    def completions(self, text: Any) -> Spans | None:
+        """Where a request's completions are; what is not allowed, which the front end should have refused, counts as none and is logged."""
+        try:
+            return completions_of(text)
+        except ControlError as error:
+            self._log.error("softprune: counted without completions: %s", error)
+            return ()
+
+    def begin(self, rows: int, captured: bool = False, spans: Sequence[Span] | None = None) -> None:
+        """A step is about to be launched. Waits for nothing.
+
+        Args:
+            rows, captured: see `Sampler.begin`.
+            spans: as for `step`, if they are known already.
+        """
+        if self._running is not None and self.sampler is not None:
+            self.sampler.begin(rows, captured)
+            if spans is not None:
+                self.sampler.has(spans)
+
     def step(self, spans: Iterable[Span]) -> None:
         """A step has been launched: add up its rows. Waits for nothing.
 
@@ -168,6 +234,10 @@ class Collector:
         """
         if self._running is None:
             return
+        spans = list(spans)
+        if self.sampler is not None:
+            self.sampler.launched()
+            self.sampler.has(spans)
         codes: list[int] = []
         rows: list[int] = []
         for span in spans:
@@ -205,7 +275,8 @@ class Collector:
         """What the control API asks.
 
         Args:
-            action: "start" (mode), "stop", "reset", or "file" (mask: a hash, "none", or None for the mask in force).
+            action: "start" (mode, sample, shadow, attribution: see `Settings`), "stop", "reset", or "file" (mask: a hash, "none", or None
+                for the mask in force).
 
         Returns:
             JSON-ready: `status`, or for "file" {"name", "file"}, the file's bytes deflated and in base64.
@@ -220,28 +291,46 @@ class Collector:
         """JSON-ready.
 
         Returns:
-            {"mode": None before a start, "collecting", "tags", "max_tags", "masks": of each mask that something was counted under
-            {"mask": hash or None, "epochs", "tokens": {tag: {"prefill", "decode", "cached"}}}, "missed_tokens", "device_bytes",
-            "unhooked_layers"}.
+            {"mode": None before a start, "sample": N or None where nothing is sampled, "shadow", "attribution", "most": the mode that the
+            server was started with, "collecting", "tags", "max_tags", "masks": of each mask that something was counted under
+            {"mask": hash or None, "epochs", "tokens": {tag: {"prefill", "decode", "cached"}}}, "missed_tokens", "lost_samples",
+            "device_bytes", "unhooked_layers"}.
         """
+        settings = self._settings
         now = self._now()
         counted = {**self._kept, **({} if now is None else {self._hash: self._with(now)})}
         masks = [
             {"mask": mask, "epochs": [epoch.epoch for epoch in one.epochs], "tokens": self._tokens(one)} for mask, one in counted.items()
         ]
         return {
-            "mode": self._mode, "collecting": self._running is not None, "tags": list(self.tags.names), "max_tags": self.tags.room,
-            "masks": masks, "missed_tokens": self._missed, "device_bytes": self.stats.num_bytes, "unhooked_layers": self.unseen,
+            "mode": None if settings is None else settings.mode, "sample": settings.sample if settings and settings.samples else None,
+            "shadow": bool(settings and settings.shadow), "attribution": settings.attribution if settings else None, "most": self._most,
+            "collecting": self._running is not None, "tags": list(self.tags.names), "max_tags": self.tags.room,
+            "masks": masks, "missed_tokens": self._missed, "lost_samples": self.sampler.lost if self.sampler else 0,
+            "device_bytes": self.stats.num_bytes + (self.sampler.num_bytes if self.sampler else 0), "unhooked_layers": self.unseen,
         }  # fmt: skip
 
     @property
     def _hash(self) -> str | None:
         return None if self._mask is None else self._mask.hash
 
-    def _start(self, mode: str) -> dict[str, Any]:
+    def _start(self, mode: str, **settings: Any) -> dict[str, Any]:
+        wanted = Settings(mode, **settings)
         if self._running is not None:
-            raise ControlError(409, "already_collecting", f"mode {self._mode} is being collected; expected a stop before")
-        self._mode = mode
+            raise ControlError(409, "already_collecting", f"mode {self._running.settings.mode} is being collected; expected a stop before")
+        if MODES.index(mode) > MODES.index(self._most) or (wanted.samples and self.sampler is None):
+            needed = f"--softprune-stats {mode if mode != 'router' else 'reap'}"
+            found = f"mode {mode}{' with shadow counts' if wanted.shadow else ''} on a server started with --softprune-stats {self._most}"
+            raise ControlError(409, "mode_is_off", f"found {found}; expected one started with {needed}")
+        kept = self._settings
+        if self._kept and kept is not None and kept.samples and wanted.samples:
+            for name in ("sample", "attribution"):
+                if getattr(kept, name) != getattr(wanted, name):
+                    message = (
+                        f"{name}: found {getattr(wanted, name)}; expected {getattr(kept, name)}, as in what is kept, or a reset before"
+                    )
+                    raise ControlError(409, "sampled_otherwise", message)
+        self._settings = wanted
         self._begin()
         return self.status()
 
@@ -253,6 +342,8 @@ class Collector:
 
     def _reset(self) -> dict[str, Any]:
         self.stats.reset()
+        if self.sampler is not None:
+            self.sampler.reset()
         self._kept.clear()
         self._missed = 0
         if self._running is not None:
@@ -260,8 +351,11 @@ class Collector:
         return self.status()
 
     def _begin(self) -> None:
-        tags = self.tags.room
-        self._running = _Running(uuid.uuid4().hex, _utc(), np.zeros((tags, 2), np.int64), np.zeros(tags, np.int64))
+        tags, settings = self.tags.room, self._settings
+        assert settings is not None
+        self._running = _Running(uuid.uuid4().hex, _utc(), settings, np.zeros((tags, 2), np.int64), np.zeros(tags, np.int64))
+        if self.sampler is not None:
+            self.sampler.start(settings, self._hash)
 
     def _now(self, sums: TakenSums | None = None) -> _Counted | None:
         """What is being counted; None if nothing is."""
@@ -269,7 +363,8 @@ class Collector:
         if now is None:
             return None
         run = Run(
-            id=now.id, engine=self._engine, engine_version=self._version, started=now.started, ended=_utc(), modes=["router"]
+            id=now.id, engine=self._engine, engine_version=self._version, started=now.started, ended=_utc(), modes=_modes(now.settings),
+            sampled=_sampled(now.settings),
         )  # fmt: skip
         kept = MaskEpoch.of(now.id, self._epoch, self._mask, self._model).num_kept
         epoch = MaskEpoch(run=now.id, epoch=self._epoch, mask=self._hash, num_kept=kept, top_k=[self._top_k] * len(kept))
@@ -287,6 +382,8 @@ class Collector:
     def _close(self) -> None:
         """Keep what was counted, apart from what will be."""
         now = self._running
+        if self.sampler is not None:
+            self.sampler.stop()
         if now is not None and (now.tokens.any() or now.cached.any()):
             counted = self._now(self.stats.take())
             assert counted is not None
@@ -294,7 +391,7 @@ class Collector:
         self._running = None
 
     def _file(self, mask: str | None = None) -> dict[str, str]:
-        if self._mode is None:
+        if self._settings is None:
             raise ControlError(404, "never_started", "no statistics: POST stats/start has never been called")
         wanted = self._hash if mask is None else None if mask == "none" else mask
         counted = self._kept.get(wanted)
@@ -305,21 +402,30 @@ class Collector:
         if counted is None or counted.sums is None:
             known = ", ".join(str(one or "none") for one in self._kept) or "no mask at all"
             raise ControlError(404, "nothing_counted", f"nothing was counted under mask {wanted or 'none'}; something was under {known}")
-        data = dump(self._statistics(counted, counted.sums))
-        name = f"router-{(wanted or 'unpruned').removeprefix('sha256:')[:12]}.safetensors"
+        data = dump(self._statistics(counted, counted.sums, wanted))
+        name = f"{counted.runs[-1].modes[-1]}-{(wanted or 'unpruned').removeprefix('sha256:')[:12]}.safetensors"
         return {"name": name, "file": base64.b64encode(zlib.compress(data, 1)).decode()}
 
-    def _statistics(self, counted: _Counted, taken: TakenSums) -> Statistics:
+    def _statistics(self, counted: _Counted, taken: TakenSums, mask: str | None) -> Statistics:
         sums, names = taken.sums(), self.tags.names
         # What a collector saw that a step passed by, or a step that was described wrongly, is found here and not by a reader.
         selected, routed = sums.count.sum(-1).numpy(), counted.tokens[:, :, None] * self._top_k
         if not np.array_equal(selected, np.broadcast_to(routed, selected.shape)):
             raise ControlError(500, "counts_disagree", "the routers' counts are not the steps' tokens times top_k; nothing is handed out")
+        modes: list[Mode] = [mode for mode in MODES if any(mode in run.modes for run in counted.runs)]
+        sampled: set[Sampled] = {name for run in counted.runs for name in run.sampled}
+        tensors = {name: values[: len(names)] for name, values in router_tensors(sums).items()}
+        settings = self._settings
+        assert settings is not None
+        if self.sampler is not None and sampled:
+            kept = self.sampler.sums(mask).tensors(len(names), reap="reap" in modes, shadow="shadow" in sampled)
+            tensors |= {name: values for name, values in kept.items() if "eaft" in modes or not name.startswith("eaft.")}
         header = Header(
-            model=self._model, runs=counted.runs, epochs=counted.epochs, tags=names, modes=["router"], tokens=self._header_tokens(counted),
-            confidence_bins=CONFIDENCE_BINS,
+            model=self._model, runs=counted.runs, epochs=counted.epochs, tags=names, modes=modes, tokens=self._header_tokens(counted),
+            sampling=dict.fromkeys(sorted(sampled), settings.sample), confidence_bins=CONFIDENCE_BINS,
+            eaft=eaft_header(settings.attribution) if "eaft" in modes else None,
         )  # fmt: skip
-        return Statistics.of(header, {name: values[: len(names)] for name, values in router_tensors(sums).items()})
+        return Statistics.of(header, tensors)
 
     def _header_tokens(self, counted: _Counted) -> dict[str, Tokens]:
         rows = zip(self.tags.names, counted.tokens, counted.cached, strict=False)
@@ -327,6 +433,22 @@ class Collector:
 
     def _tokens(self, counted: _Counted) -> dict[str, dict[str, int]]:
         return {name: tokens.model_dump() for name, tokens in self._header_tokens(counted).items()}
+
+
+def _modes(settings: Settings) -> list[Mode]:
+    return list(MODES[: MODES.index(settings.mode) + 1])
+
+
+def _sampled(settings: Settings) -> dict[Sampled, str]:
+    """Which tokens could be sampled, in words."""
+    if not settings.samples:
+        return {}
+    routed = f"1 routed token in {settings.sample}, of prompts and of answers"
+    scored = (
+        f"{routed}, if its prediction was scored: answers, and prompts whose log-probabilities were asked for; the plane has all of those"
+    )
+    words: dict[Sampled, str] = {"reap": routed, "eaft": scored} if settings.mode == "eaft" else {"reap": routed}
+    return {**(words if settings.mode != "router" else {}), **({"shadow": routed} if settings.shadow else {})}
 
 
 def file_of(answer: dict[str, str]) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from softprune.errors import RefusedError
 from softprune.launch import Launch
 from softprune.mask import ExpertMask
 from softprune.runtime.collector import Collector
+from softprune.runtime.expert_norms import Experts
 from softprune.runtime.route_probe import RouteProbe
 from softprune.runtime.router_mask import Router, RouterMask
 
@@ -30,6 +32,7 @@ class MaskedModel:
         launch: what was asked for.
         spec: the model's shape, with its own top_k.
         fingerprint: of the routers as loaded.
+        hidden_size: width of the routers' input.
         routers: the routers and the mask in force.
         backend: the MoE backend in use, once the extension has found it proven.
         probe: counts what the routers select, with `launch.debug_routes`.
@@ -53,7 +56,7 @@ class MaskedModel:
         mask = launch.read_mask(spec)
         self.launch, self.spec, self.backend, self._log = launch, spec, "", log
         self.fingerprint = fingerprint(spec, loaded)
-        self._hidden, self._dtype = loaded[0][0].shape[1], loaded[0][0].dtype
+        self.hidden_size, self._dtype = loaded[0][0].shape[1], loaded[0][0].dtype
         self.routers = RouterMask(routers)
         self.probe: RouteProbe | None = None
         self.collector: Collector | None = None
@@ -84,7 +87,7 @@ class MaskedModel:
         if self.probe is not None:
             self.probe.enabled = False
         try:
-            self.routers.verify(self._hidden, self._dtype)
+            self.routers.verify(self.hidden_size, self._dtype)
         finally:
             if self.probe is not None:
                 self.probe.enabled = True
@@ -106,9 +109,30 @@ class MaskedModel:
         """
         self.collector = Collector(
             self.spec, self.fingerprint, self.launch.top_k, self.routers.mask, self.launch.num_tags, max_rows, self.device, self._dtype,
-            engine, self._log,
+            engine, self._log, self.launch.stats or "router", self.hidden_size,
         )  # fmt: skip
         return self.collector
+
+    def connect_experts(self, experts: Experts, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Where more than router statistics are collected: what runs the engine's experts, for their norms.
+
+        Args:
+            experts: the engine's.
+            context: that they and the routers are to be called in.
+        """
+        if self.collector is None or self.collector.sampler is None:
+            return
+        routers = self.routers
+
+        def run(layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            with context():
+                return experts(layer, hidden, ids)
+
+        def route(layer: int, hidden: torch.Tensor) -> torch.Tensor:
+            with context():
+                return routers.routers[layer].forward(hidden)
+
+        self.collector.connect(run, route, routers.unmasked)
 
     def stage(self, text: str | None) -> dict[str, Any] | None:
         """First half of a live switch: check a mask and compute the biases under it. Nothing changes yet.

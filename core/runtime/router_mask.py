@@ -7,7 +7,8 @@ captured before or after stay valid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,16 @@ class RouterMask:
         """Put a mask in force, in place; None restores exactly the biases that were loaded, and a mask before leaves no trace."""
         self.stage(mask)
         self.commit()
+
+    @contextmanager
+    def unmasked(self, layer: int) -> Iterator[None]:
+        """One layer's bias as it was loaded, for what runs on the current stream within the block; between two steps or within one."""
+        bias = self.routers[layer].bias
+        with torch.no_grad():
+            now = bias.clone()
+            bias.copy_(self.loaded[layer])
+            yield
+            bias.copy_(now)
 
     @torch.no_grad()
     def verify(self, hidden: int, dtype: torch.dtype) -> None:

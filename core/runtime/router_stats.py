@@ -200,6 +200,12 @@ def top_k_gates(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.T
     Returns:
         (chosen bool [n, num_experts], gates float32, same shape, 0 where not chosen).
     """
-    order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
-    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, True)
-    return chosen, logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+    ids, gates = chosen_experts(logits, top_k)
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
+    return chosen, torch.zeros_like(logits).scatter_(1, ids, gates)
+
+
+def chosen_experts(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`top_k_gates` by choice: (ids int64 [n, top_k], the largest logit's first; gates float32, same shape)."""
+    values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    return ids[..., :top_k], values[..., :top_k].softmax(-1)

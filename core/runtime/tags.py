@@ -11,6 +11,28 @@ from softprune.stats.header import DEFAULT_TAG, MAX_TAG_LENGTH
 TAG_KEY = "softprune_tag"
 """Key of a request's tag among an engine's own free parameters."""
 TAG_HEADER = "X-Softprune-Tag"
+SPANS_KEY = "softprune_spans"
+"""Key of the places of a prompt's completions, e.g. "12-40,55-90": [first, end) positions of the tokens that `eaft` counts; else all."""
+Spans = tuple[tuple[int, int], ...]
+
+
+def completions_of(text: Any) -> Spans | None:
+    """Positions of completions as a client gave them; None for none given.
+
+    Raises:
+        ControlError: 400 invalid_spans; it is no text of ascending pairs.
+    """
+    if text is None:
+        return None
+    try:
+        pairs = [tuple(int(end) for end in pair.split("-")) for pair in text.split(",")] if text else []
+        places = [place for begin, end in pairs for place in (begin, end)]
+        if sorted(places) != places or any(begin >= end for begin, end in pairs):
+            raise ValueError
+    except (ValueError, AttributeError):
+        message = f'{SPANS_KEY}: found {shortened(text)}; expected ascending positions such as "12-40,55-90"'
+        raise ControlError(400, "invalid_spans", message) from None
+    return tuple((begin, end) for begin, end in pairs)
 
 
 def check_tag(tag: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from softprune.control import ENGINE_KEY_ENV
+from softprune.errors import InputError, shortened
 from softprune.files import replaced_after
-from softprune.report.progress import tensor_progress
+from softprune.report.progress import count_progress, tensor_progress
 from softprune.server_client import ServerClient
 from softprune.stats import merge as merging
 from softprune.stats import plots, tables
@@ -26,9 +28,24 @@ stats_app = typer.Typer(
 )
 console = Console(highlight=False)
 
+
+class ModeName(str, Enum):
+    """What a server can be asked to collect."""
+
+    router = "router"
+    reap = "reap"
+    eaft = "eaft"
+
+
 Url = Annotated[str, typer.Option(help="The server, e.g. http://127.0.0.1:30000; started with --softprune-stats router.")]
 Key = Annotated[str | None, typer.Option(help="softprune's key; else SOFTPRUNE_KEY, else the one that a server on this machine left.")]
 EngineKey = Annotated[str | None, typer.Option(envvar=ENGINE_KEY_ENV, help="The engine's own API key, if it was started with one.")]
+Mode = Annotated[ModeName, typer.Option(help="What to collect.")]
+Sample = Annotated[str | None, typer.Option(metavar="1/N", help="Sample 1 token in N (reap, eaft); else as the server likes.")]
+Attribute = Annotated[
+    str | None,
+    typer.Option(metavar="predictor|target", help="Of eaft: p and H go with the activations that made the prediction, or the token's own."),
+]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Statistics file.")]
 Tag = Annotated[str | None, typer.Option(help="Only this tag; without it, all together.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -36,10 +53,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @stats_app.command("start")
 def stats_start(
-    url: Url, mode: Annotated[str, typer.Option(help="What to collect: router.")] = "router", key: Key = None, engine_key: EngineKey = None
-) -> None:
+    url: Url, mode: Mode = ModeName.router, sample: Sample = None, attribution: Attribute = None, key: Key = None,
+    engine_key: EngineKey = None,
+) -> None:  # fmt: skip
     """Begin to collect on a running server."""
-    _tell(url, ServerClient(url, key, engine_key=engine_key).start_stats(mode))
+    _tell(url, ServerClient(url, key, engine_key=engine_key).start_stats(mode.value, _one_in(sample), attribution))
 
 
 @stats_app.command("stop")
@@ -75,6 +93,51 @@ def stats_fetch(
     routed = sum(tokens.routed for tokens in header.tokens.values())
     text = f"{out}: mask {header.mask or 'none'}, {len(header.tags)} tags, {routed:,} routed tokens"
     console.print(text, soft_wrap=True, markup=False)
+
+
+@stats_app.command("collect")
+def stats_collect(
+    url: Url,
+    packs: Annotated[list[Path], typer.Option(metavar="PACK.parquet …", help="Harmony conversations, one a row of the column text.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write; OUT.parts is kept beside it meanwhile.")],
+    more_packs: Annotated[list[Path] | None, typer.Argument(metavar="PACK.parquet", hidden=True)] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 1024,
+    num_blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of each pack; else all that it fills.")] = None,
+    mode: Mode = ModeName.router,
+    sample: Sample = None,
+    attribution: Attribute = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="Else that of the server's model, as the server names it.")] = None,
+    blocks_a_part: Annotated[int, typer.Option(min=1, help="Blocks after which what was counted is drained into OUT.parts.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    key: Key = None,
+    engine_key: EngineKey = None,
+) -> None:
+    """Replay packs through a running server, teacher-forced, and write the statistics, each pack under its file's name as a tag.
+
+    Interrupted, the same command goes on where it was. Other requests that the server answers meanwhile are counted as well, under their
+    own tags.
+    """
+    from softprune.stats.collect import Collection, Options  # pyarrow and Transformers, without which the other commands start
+    from softprune.stats.collect_packs import load
+
+    client = ServerClient(url, key, engine_key=engine_key)
+    options = Options(mode.value, _one_in(sample), attribution, blocks_a_part, concurrency)
+    files = [*packs, *(more_packs or [])]
+    collection = Collection(client, load(files, tokenizer or client.status()["model"], seq_len, num_blocks), out, options)
+    try:
+        with count_progress("blocks", collection.num_blocks, Console(stderr=True), collection.num_done) as advance:
+            header = collection.run(advance).header
+    except BaseException as error:
+        if collection.folder.file.exists():
+            done = f"{collection.num_done} of {collection.num_blocks} blocks are in {collection.folder.path}"
+            Console(stderr=True).print(f"{done}; the same command goes on from there", soft_wrap=True, markup=False)
+        if isinstance(error, KeyboardInterrupt):
+            raise typer.Exit(130) from None
+        raise
+    if collection.lost_samples:
+        console.print(f"warning: {collection.lost_samples:,} tokens were to be sampled, and could not be", soft_wrap=True)
+    counted = ", ".join(f"{tag} {header.tokens[tag].routed:,}" for tag in header.tags if header.tokens[tag].routed)
+    console.print(f"{out}: mask {header.mask or 'none'}, {len(header.runs)} runs, routed tokens: {counted}", soft_wrap=True, markup=False)
 
 
 @stats_app.command("merge")
@@ -143,6 +206,20 @@ def _tell(url: str, state: dict[str, Any]) -> None:
     doing = f"collecting {state['mode']}" if state["collecting"] else "not collecting"
     text = f"{url}: {doing}, {routed:,} routed tokens under {len(state['masks'])} masks, tags {', '.join(state['tags'])}"
     console.print(text, soft_wrap=True, markup=False)
+
+
+def _one_in(sample: str | None) -> int | None:
+    """N of "1/N".
+
+    Raises:
+        InputError: it is none.
+    """
+    if sample is None:
+        return None
+    one, _, number = sample.partition("/")
+    if one != "1" or not (number.isascii() and number.isdigit()) or not 0 < int(number) < 2**31:
+        raise InputError("--sample", "", shortened(sample), "1/N, e.g. 1/16")
+    return int(number)
 
 
 def _read_needed(file: Path) -> Statistics:

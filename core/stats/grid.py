@@ -21,7 +21,7 @@ DEFAULT_GRID = Grid(log10_p=[-8.0, *(round(float(np.log10(p)), 6) for p in _P), 
 """17 bins of log10 p by 16 of H (top 20 over ln 20)."""
 
 
-def bin_of(values: NDArray[Any], edges: Sequence[float]) -> NDArray[np.int64]:
+def bin_of(values: NDArray[Any], edges: Sequence[float] | NDArray[np.float64]) -> NDArray[np.int64]:
     """Index of the bin [e_i, e_i+1) of each value; what lies outside falls into the outermost bins (spec/metrics.md 1.4 and 1.5)."""
     found = np.searchsorted(np.asarray(edges, np.float64), values, "right") - 1
     return np.clip(found, 0, len(edges) - 2).astype(np.int64)

@@ -16,7 +16,7 @@ from typing import Any
 
 from softprune.bench.server import Server, free_port
 from softprune.mask import ExpertMask
-from tests.conftest import random_mask, random_prompts, saved
+from tests.conftest import prompts_for, random_mask, saved
 from tests.engines.harness import API, Starts
 from tests.gpu import compare
 from tests.gpu.engines import Row, Sglang
@@ -28,8 +28,12 @@ SGLANG = Sglang(on_gpu=False, python=str(PYTHON))
 CHUNK = 64
 """Tokens of a prefill that are computed in one step. Prompts are multiples of it: then the same steps are taken with and without a hit."""
 TOP = 20
-PROMPTS = random_prompts(80, 128, seed=41)
 MAX_TOKENS = 4
+
+
+def prompts(model: str) -> list[list[int]]:
+    """Over 10,000 tokens for one of the tests' models."""
+    return prompts_for(model, 80, 128, seed=41)
 
 
 def start(model: Path, log: Path, *args: str, env: dict[str, str] | None = None) -> Server:

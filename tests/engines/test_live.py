@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from softprune.mask import ExpertMask
-from tests.conftest import Evidence, random_mask, random_prompts, saved
+from tests.conftest import Evidence, heldout_prompts, random_mask, saved
 from tests.engines.conftest import Masked
 from tests.engines.harness import API, Live, Stream, VllmServer, scores
 
@@ -45,7 +45,7 @@ def live(models: dict[str, Path], live_masks: list[ExpertMask], tmp_path_factory
 
 def test_put_live_is_the_same_as_at_launch(live: Live, masked: Masked) -> None:
     """To the last bit, against a server that was started with the mask; and without it the old values are back."""
-    prompts = random_prompts(8, 96, seed=51)
+    prompts = heldout_prompts(8, 96, seed=51)
     unmasked = scores(live.server, prompts)
     assert masked.mask.hash == live.masks[0].hash
     live.put(live.masks[0])
@@ -78,7 +78,7 @@ def test_many_switches_under_many_streams(live: Live, evidence: Evidence) -> Non
     """
     live.server.request("DELETE", API + "/routes")
     first = live.put(live.masks[0])["epoch"]
-    prompts, lengths = iter(random_prompts(4000, 100, seed=61)), itertools.cycle((24, 40, 56))
+    prompts, lengths = iter(heldout_prompts(4000, 100, seed=61)), itertools.cycle((24, 40, 56))
     stop = threading.Event()
 
     def client() -> list[tuple[int, Stream]]:
@@ -135,7 +135,7 @@ def test_many_switches_under_many_streams(live: Live, evidence: Evidence) -> Non
 
 def test_a_users_own_salt_still_separates(live: Live) -> None:
     live.put(live.masks[0])
-    prompt = random_prompts(1, 200, seed=72)[0]
+    prompt = heldout_prompts(1, 200, seed=72)[0]
     assert [live.first_token(prompt, cache_salt=salt)[1] > 0 for salt in ("x", "y", "x")] == [False, False, True]
 
 
@@ -162,7 +162,7 @@ def test_the_command_line_switches_and_proves(live: Live, tmp_path: Path) -> Non
 def test_an_answer_that_a_stop_string_ends_names_its_epochs(live: Live) -> None:
     """vLLM's front end ends it, and the engine core sends no last output."""
     epoch = live.put(live.masks[1])["epoch"]
-    prompt = random_prompts(1, 40, seed=83)[0]
+    prompt = heldout_prompts(1, 40, seed=83)[0]
     stop = live.server.complete(prompt, 40)["choices"][0]["text"][10]
     answer = live.server.complete(prompt, 40, stop=[stop])
     assert answer["choices"][0]["finish_reason"] == "stop"
@@ -187,7 +187,7 @@ def test_an_id_that_is_used_again_names_the_new_epochs(live: Live) -> None:
 def test_drain_lets_running_requests_finish_under_their_mask(live: Live) -> None:
     old = live.put(live.masks[0])["epoch"]
     started: Future[None] = Future()
-    prompt, other = random_prompts(2, 64, seed=81)
+    prompt, other = heldout_prompts(2, 64, seed=81)
 
     def on_chunk(count: int) -> None:
         if count == 20:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
-from tests.conftest import Evidence, random_prompts
+from tests.conftest import Evidence, heldout_prompts
 from tests.engines.conftest import Masked
 
 pytestmark = pytest.mark.engine
@@ -27,7 +27,7 @@ def test_status_says_what_is_served(masked: Masked) -> None:
 
 def test_concurrent_requests_never_reach_pruned_experts(masked: Masked, evidence: Evidence) -> None:
     """Over 10,000 tokens in 32 requests at a time: the probe's total is tokens x top_k, layer by layer, exactly."""
-    prompts, max_tokens = random_prompts(96, 96, seed=21), 16
+    prompts, max_tokens = heldout_prompts(96, 96, seed=21), 16
     masked.server.request("DELETE", "/softprune/v1/routes")
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda prompt: masked.server.complete(prompt, max_tokens), prompts))

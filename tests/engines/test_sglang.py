@@ -17,7 +17,7 @@ from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.mask import ExpertMask
 from tests.conftest import Evidence, random_mask, saved
 from tests.engines.harness import Starts, check_refused
-from tests.engines.sglang_harness import MAX_TOKENS, PROMPTS, PYTHON, SGLANG, check_routes, outputs_of, run_tests_inside
+from tests.engines.sglang_harness import MAX_TOKENS, PYTHON, SGLANG, check_routes, outputs_of, prompts, run_tests_inside
 from tests.gpu.engines import Row
 
 pytestmark = pytest.mark.engine
@@ -48,7 +48,7 @@ def server(work: Path, mask: ExpertMask) -> Iterator[Server]:
 
 @pytest.mark.timeout(400)
 def test_pruned_experts_are_never_selected(server: Server, mask: ExpertMask, evidence: Evidence) -> None:
-    run = SGLANG.examine(MASKED, server, PROMPTS, 16, MAX_TOKENS)
+    run = SGLANG.examine(MASKED, server, prompts("gpt-oss"), 16, MAX_TOKENS)
     evidence("sglang_cpu.routes.gpt-oss masked", check_routes(run, mask, 4))
 
 
@@ -87,7 +87,7 @@ def test_calls_that_would_undo_the_mask_are_refused(server: Server, call: str) -
     assert status == 400, body
     assert "is refused while softprune masks this engine's routers" in json.dumps(body)
     assert server.request("GET", "/softprune/v1/status")[1] == before
-    assert len(SGLANG.ask(server, [PROMPTS[0]], 2)[0][0]) == 2
+    assert len(SGLANG.ask(server, [list(range(30))], 2)[0][0]) == 2
 
 
 def test_the_key_is_not_logged(server: Server) -> None:
@@ -121,4 +121,4 @@ def test_inside_sglang() -> None:
 @pytest.mark.timeout(300)
 def test_kernels_inside_sglang() -> None:
     """In Triton's interpreter; tests/evidence also has those with 128 experts."""
-    run_tests_inside("test_topk_kernel.py test_router_stats_kernel.py", {"TRITON_INTERPRET": "1"}, "-k", "not 128")
+    run_tests_inside("test_topk_kernel.py test_router_stats_kernel.py test_sampling_kernels.py", {"TRITON_INTERPRET": "1"}, "-k", "not 128")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
@@ -23,6 +25,7 @@ import numpy as np
 import pytest
 
 from softprune.bench.server import Server
+from softprune.bench.tiny.weights import HERE as TINY
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerClient
 from softprune.stats.file import Statistics, read
@@ -48,6 +51,7 @@ class Engine(ABC):
     """
 
     surplus = 0
+    name: str
 
     def __init__(self, server: Server, mask: ExpertMask) -> None:
         self.server, self.mask = server, mask
@@ -80,6 +84,8 @@ class Engine(ABC):
 
 
 class Vllm(Engine):
+    name = "vllm"
+
     def body(self, prompt: list[int], tokens: int, tag: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
         body = {"model": self.server.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}  # type: ignore[attr-defined]
         return "/v1/completions", {**body, **({} if tag is None else {"vllm_xargs": {"softprune_tag": tag}})}
@@ -89,6 +95,7 @@ class Vllm(Engine):
 
 
 class Sglang(Engine):
+    name = "sglang"
     surplus = 1
 
     def body(self, prompt: list[int], tokens: int, tag: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
@@ -109,7 +116,7 @@ def engine(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_fac
         args = ["--enable-prompt-tokens-details", "--max-num-batched-tokens", str(CHUNK), "--block-size", "32"]
         server: Server = VllmServer(models["qwen3-moe"], *FLAGS, *args, log=log, env=env)
     else:
-        server = start_sglang(models["qwen3-moe"], log, *FLAGS, env=env)
+        server = start_sglang(models["qwen3-moe"], log, *FLAGS, "--enable-metrics", env=env)
     kind = Vllm if request.param == "vllm" else Sglang
     with server:
         server.wait_ready()
@@ -275,3 +282,54 @@ def test_the_command_line(engine: Engine, tmp_path: Path) -> None:
     assert read(file).header.tokens["code"].prefill == 50
     assert "nothing_counted" in run("fetch", "--out", str(file), "--mask", engine.mask.hash, fails=True)
     assert read(file).header.tokens["code"].prefill == 50
+
+
+def test_packs_are_replayed(engine: Engine, tmp_path: Path) -> None:
+    """By `softprune stats collect`, killed in the middle and run again: every token once, and what was drained is readable."""
+    engine.client.switch(None)
+    engine.client.reset_stats()
+    packs = {}
+    for tag, name in (("chat", "chat_if"), ("code", "code")):  # tags that the server has room for
+        packs[tag] = shutil.copy(TINY / "packs" / f"{name}.parquet", tmp_path / f"{tag}.parquet")
+    out, seq_len, blocks = tmp_path / "s.safetensors", 2 * CHUNK, 20
+    command = [str(Path(sys.executable).with_name("softprune")), "stats", "collect", "--packs", *map(str, packs.values()), "-o", str(out)]
+    command += ["--seq-len", str(seq_len), "--num-blocks", str(blocks), "--blocks-a-part", "4", "--concurrency", "2"]
+    command += ["--url", engine.client.url, "--key", engine.server.key]
+    parts = tmp_path / "s.safetensors.parts"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        while not (parts / "0002.safetensors").exists():
+            assert first.poll() is None
+            time.sleep(0.002)
+        first.kill()
+    assert not out.exists()
+    drained = [read(parts / f"000{number}.safetensors") for number in (1, 2)]
+    assert [one.header.tokens[tag].prefill for one in drained for tag in packs] == [2 * seq_len] * 4
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    found, top_k = read(out), engine.client.status()["top_k"]
+    assert complete(found) is True
+    assert {tag: tokens.prefill for tag, tokens in found.header.tokens.items() if tokens.routed} == dict.fromkeys(packs, blocks * seq_len)
+    for tag in packs:
+        tokens = found.header.tokens[tag]
+        assert tokens.cached == 0
+        assert tokens.decode <= engine.surplus * blocks
+        assert (found["router.count"][found.tag_index(tag), 0].sum(-1) == blocks * seq_len * top_k).all()
+    assert [len(one.hashes) for one in found.header.data_sets] == [blocks] * 2
+    assert {run.id for one in drained for run in one.header.runs} < {run.id for run in found.header.runs}
+    assert (engine.client.status()["statistics"]["collecting"], parts.exists()) == (False, False)
+
+
+def test_prometheus_reads_the_tokens(engine: Engine) -> None:
+    """Fresh at every scrape; the engine's own metrics are there as before."""
+    engine.client.start_stats()
+    engine.ask(random_prompts(1, 40, seed=4000)[0], 1, "chat")
+    time.sleep(1.1)  # one question a second is asked of the engine
+    with urllib.request.urlopen(f"{engine.client.url}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    engine.client.stop_stats()
+    figures = dict(line.rsplit(" ", 1) for line in lines if line.startswith("softprune:stats_"))
+    assert float(figures['softprune:stats_tokens{phase="prefill",tag="chat"}']) == 40
+    assert [float(figures[f"softprune:stats_{name}"]) for name in ("collecting", "missed_tokens")] == [1, 0]
+    assert len(figures) == 2 + 3 * len(engine.client.status()["statistics"]["tags"])
+    assert any(line.startswith(f"{engine.name}:") for line in lines)

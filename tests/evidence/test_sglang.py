@@ -23,12 +23,12 @@ from tests.engines.sglang_harness import (
     HERE,
     INSIDE,
     MAX_TOKENS,
-    PROMPTS,
     PYTHON,
     SGLANG,
     check_routes,
     inside,
     outputs_of,
+    prompts,
     run_tests_inside,
 )
 from tests.gpu import compare
@@ -100,8 +100,8 @@ def runs(work: Path, files: dict[str, str]) -> dict[str, Any]:
         with SGLANG.start(row, work, files, free_port(), env) as server:
             server.wait_ready()
             # Many prompts in batches for the routes, a few one by one for the comparisons.
-            prompts, batch = (PROMPTS, 16) if row.probe else (PROMPTS[:12], 1)
-            result = SGLANG.examine(row, server, prompts, batch, MAX_TOKENS)
+            number, batch = (None, 16) if row.probe else (12, 1)
+            result = SGLANG.examine(row, server, prompts(row.model)[:number], batch, MAX_TOKENS)
             server.stop(grace=0)
             return result
 
@@ -209,4 +209,4 @@ def test_offline_engine(work: Path, files: dict[str, str]) -> None:
 @pytest.mark.timeout(300)
 def test_kernels_inside_sglang() -> None:
     """In Triton's interpreter: the top-k that gpt-oss uses on a GPU, and the kernel that adds up what routers chose."""
-    run_tests_inside("test_topk_kernel.py test_router_stats_kernel.py", {"TRITON_INTERPRET": "1"})
+    run_tests_inside("test_topk_kernel.py test_router_stats_kernel.py test_sampling_kernels.py", {"TRITON_INTERPRET": "1"})

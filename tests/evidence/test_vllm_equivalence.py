@@ -15,18 +15,21 @@ from softprune.checkpoint.families import read_config, spec_of
 from softprune.checkpoint.synth import synth_checkpoint
 from softprune.mask import ExpertMask
 from softprune.mask_forms import build
-from tests.conftest import Evidence, random_mask, random_prompts, saved
+from tests.conftest import Evidence, prompts_for, random_mask, saved
 from tests.engines.harness import run_offline
 from tests.slicing import slice_checkpoint
 
 pytestmark = pytest.mark.engine
-PROMPTS = random_prompts(8, 160, seed=5)
-MANY = random_prompts(11, 1000, seed=6)
+Size = tuple[int, int]
+FEW: Size = (8, 160)
+MANY: Size = (11, 1000)
+"""Prompts, and tokens in each."""
 MAX_TOKENS = 8
 STABLE = {"SOFTPRUNE_TEST_STABLE_TOPK": "1"}
 
 
-def job(name: str, model: Path, softprune: dict[str, Any] | None = None, prompts: list[list[int]] = PROMPTS, **more: Any) -> dict[str, Any]:
+def job(name: str, model: Path, softprune: dict[str, Any] | None = None, size: Size = FEW, **more: Any) -> dict[str, Any]:
+    prompts = prompts_for(model.name, *size, seed=5)
     return {"name": name, "model": str(model), "softprune": softprune, "prompts": prompts, "max_tokens": MAX_TOKENS, **more}
 
 
@@ -119,9 +122,10 @@ def check_routes(result: dict[str, Any], mask: ExpertMask, num_tokens: int) -> d
     return {"tokens": num_tokens, "selections": sum(kept), "expected_selections": expected, "selections_of_pruned": sum(pruned)}
 
 
-def computed(prompts: list[list[int]]) -> int:
+def computed(size: Size) -> int:
     """Tokens that pass the routers: a request's last token is sampled but never computed on."""
-    return sum(len(prompt) + MAX_TOKENS - 1 for prompt in prompts)
+    number, length = size
+    return number * (length + MAX_TOKENS - 1)
 
 
 @pytest.mark.parametrize(("run", "name"), [("gpt-oss", "gpt-oss"), ("qwen3-moe", "qwen3-moe"), ("uneven", "uneven")])
@@ -147,7 +151,7 @@ def test_one_unmasked_layer_is_noticed(models: Any, masks: Any, tmp_path: Path) 
     jobs = [job("mutant", models["gpt-oss"], {"expert_mask": path, "debug_routes": True})]
     result = run_offline(jobs, tmp_path, {"SOFTPRUNE_TEST_SKIP_LAYER": "2"})["mutant"]
     with pytest.raises(AssertionError):
-        check_routes(result, mask, computed(PROMPTS))
+        check_routes(result, mask, computed(FEW))
     pruned_by_layer = [sum(routes(result)[layer][i] for i in mask.pruned(layer)) for layer in range(4)]
     assert [count > 0 for count in pruned_by_layer] == [False, False, True, False]
 
@@ -162,7 +166,7 @@ def test_masked_equals_sliced_exactly(stable: Any, name: str, evidence: Evidence
 
 
 def test_top_k_really_shrinks(stable: Any, masks: Any) -> None:
-    check_routes(stable["top2 masked"], masks["gpt-oss-top2"][0], computed(PROMPTS))
+    check_routes(stable["top2 masked"], masks["gpt-oss-top2"][0], computed(FEW))
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
@@ -191,14 +195,14 @@ def test_llm_args_masks_even_where_the_plugin_is_not_allowed(models: Any, masks:
     mask, path = masks["gpt-oss"]
     jobs = [job("masked", models["gpt-oss"], llm_args={"expert_mask": path, "debug_routes": True})]
     result = run_offline(jobs, tmp_path, {"VLLM_PLUGINS": "none"})["masked"]
-    check_routes(result, mask, computed(PROMPTS))
+    check_routes(result, mask, computed(FEW))
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
 def test_mask_follows_a_weight_reload(stable: Any, masks: Any, name: str) -> None:
     reloaded = stable[f"{name} reloaded"]
     assert reloaded["rpc"] == [{"method": "reload_weights", "error": None}]
-    check_routes(reloaded, masks[name][0], computed(PROMPTS))
+    check_routes(reloaded, masks[name][0], computed(FEW))
     if name == "gpt-oss":
         # Not for Qwen3-MoE: on CPUs, vLLM 0.32.0's own reload changes its outputs, without softprune too.
         assert reloaded["logprobs"] == stable[f"{name} masked"]["logprobs"]
@@ -227,17 +231,16 @@ def test_compiled_model_obeys_the_mask(models: Any, masks: Any, tmp_path: Path, 
             "compiled": ({"expert_mask": masks[name][1]}, False),
             "eager": ({"expert_mask": masks[name][1]}, True),
         }
-        jobs += [
-            job(f"{name} {run}", models[name], asked, PROMPTS[:2], args={"enforce_eager": eager}) for run, (asked, eager) in runs.items()
-        ]
+        jobs += [job(f"{name} {run}", models[name], asked, (2, 160), args={"enforce_eager": eager}) for run, (asked, eager) in runs.items()]
     results = run_offline(jobs, tmp_path, {**STABLE, "VLLM_CACHE_ROOT": str(tmp_path / "cache")})
     for name in ("gpt-oss", "qwen3-moe"):
         scores = {run: [x for one in results[f"{name} {run}"]["logprobs"] for x in one[:150]] for run in runs}
-        same, other = (
-            max(abs(a - b) for a, b in zip(scores["compiled"], scores[run], strict=True)) for run in ("eager", "compiled unmasked")
-        )
-        evidence(f"vllm_cpu.compiled.{name}", {"max_abs_to_eager_masked": same, "max_abs_to_compiled_unmasked": other})
-        # Inductor fuses BF16 steps, so equality is not to be had; the other model is an order of magnitude away.
+        gaps = {run: [abs(a - b) for a, b in zip(scores["compiled"], scores[run], strict=True)] for run in ("eager", "compiled unmasked")}
+        same, other = (sum(some) / len(some) for some in gaps.values())
+        figures = {"mean_abs_to_eager_masked": same, "mean_abs_to_compiled_unmasked": other}
+        evidence(f"vllm_cpu.compiled.{name}", {**figures, "max_abs_to_eager_masked": max(gaps["eager"])})
+        # Inductor fuses BF16 steps, so equality is not to be had; the other model is an order of magnitude away. On average: what a
+        # trained model says of a single unlikely token hangs on which expert wins a near-tie.
         assert same < 0.15 * other
     # One graph for gpt-oss, masked or not; two for Qwen3-MoE.
     assert len(list((tmp_path / "cache/torch_compile_cache/torch_aot_compile").glob("*/rank_0_0"))) == 3
@@ -247,10 +250,11 @@ def test_compiled_model_obeys_the_mask(models: Any, masks: Any, tmp_path: Path, 
 def test_tensor_parallel_masked_equals_sliced(models: Any, masks: Any, sliced: Any, tmp_path: Path, evidence: Evidence) -> None:
     """Two ranks; compared with two ranks, since their sums round differently from one rank's."""
     mask, path = masks["gpt-oss"]
+    four = (4, 160)
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     jobs = [
-        job("masked", models["gpt-oss"], {"expert_mask": path, "debug_routes": True}, PROMPTS[:4], args=two),
-        job("sliced", sliced["gpt-oss"], None, PROMPTS[:4], args=two),
+        job("masked", models["gpt-oss"], {"expert_mask": path, "debug_routes": True}, four, args=two),
+        job("sliced", sliced["gpt-oss"], None, four, args=two),
     ]
     runs = run_offline(jobs, tmp_path / "run", {**STABLE, "VLLM_CPU_OMP_THREADS_BIND": "0|1"})
     assert runs["masked"]["logprobs"] == runs["sliced"]["logprobs"]
@@ -258,6 +262,6 @@ def test_tensor_parallel_masked_equals_sliced(models: Any, masks: Any, sliced: A
     first, second = runs["masked"]["routes"]
     assert first == second
     assert sum(selections(first["counts"], mask)[0]) == 0
-    assert sum(map(sum, first["counts"])) == 4 * 4 * computed(PROMPTS[:4])
+    assert sum(map(sum, first["counts"])) == 4 * 4 * computed(four)
     scored = sum(map(len, runs["masked"]["logprobs"]))
     evidence("vllm_cpu.masked_equals_sliced.stable_top_k.tensor_parallel_2", {"logprobs": scored, "equal": scored})

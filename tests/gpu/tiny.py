@@ -1,10 +1,11 @@
 """The trained small gpt-oss, as MXFP4, in an engine on a GPU: does it say what Transformers says?
 
-    python -m tests.gpu.tiny reference CHECKPOINT REFERENCE.npz --data DATA.npz.xz [--blocks 12] [--cpu]
-    python -m tests.gpu.tiny ENGINE WORK_DIR OUT.json --checkpoint CHECKPOINT --reference REFERENCE.npz [--seconds 400] [--cpu]
+    python -m tests.gpu.tiny reference CHECKPOINT REFERENCE.npz [--blocks 12]
+    python -m tests.gpu.tiny ENGINE WORK_DIR OUT.json --checkpoint CHECKPOINT --reference REFERENCE.npz [--blocks N] [--seconds 400] [--cpu]
 
-The first makes teacher-forced log-probabilities of held-out blocks by Transformers in float32 (DATA is what training read); the second
-boots the engine on the checkpoint as it is and asks it for the same. `--cpu` serves a dequantised copy on this machine's CPU.
+The first makes teacher-forced log-probabilities of the first blocks of the committed held-out packs, by Transformers in float32, where
+softprune's own dependencies are; the second boots the engine on the checkpoint as it is, next to nothing but the engine's packages, and
+asks it for the same. `--cpu` serves a dequantised copy on this machine's CPU.
 """
 
 from __future__ import annotations
@@ -18,37 +19,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from softprune.bench.server import free_port
 from softprune.bench.tiny import PACKS
-from softprune.bench.tiny.batches import load
 from softprune.checkpoint.dequantize import dequantize_checkpoint
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
-from softprune.evaluate.reference import load_reference, score
-from tests.gpu.engines import ENGINES, Engine, Row
-from tests.gpu.prove import versions
+from softprune.evaluate.reference import load_reference, perplexity, score
+from tests.gpu.engines import ENGINES, Engine, Row, versions
 
 MEAN_DIFFERENCE, RELATIVE_PERPLEXITY = 0.03, 0.01
 """Bars of a pack: the mean absolute difference of log-probabilities, and the relative difference of the perplexity of completion tokens."""
 
 
-def make_reference(checkpoint: Path, data: Path, out: Path, blocks: int, device: str) -> None:
+def make_reference(checkpoint: Path, out: Path, blocks: int) -> None:
     """Write ids int32, keep bool and log_p float32 [blocks, 1024] of each pack, and the checkpoint's fingerprint."""
-    model = load_reference(checkpoint).to(device)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    heldout = load(data)
+    # Reading packs takes PyArrow, which engines don't bring along.
+    from softprune.bench.tiny.batches import HERE
+    from softprune.bench.tiny.measure_packs import load_tokenizer, pack_blocks
+
+    model = load_reference(checkpoint)
     arrays: dict[str, NDArray[Any]] = {"fingerprint": np.array(fingerprint_of_checkpoint(checkpoint))}
-    for pack in PACKS:
-        ids = heldout.heldout_ids[pack][:blocks].astype(np.int32)
-        arrays |= {f"{pack}.ids": ids, f"{pack}.keep": heldout.heldout_keep[pack][:blocks], f"{pack}.log_p": score(model, ids).log_p}
-        print(pack, flush=True)
+    for pack, heldout in pack_blocks(HERE / "packs", load_tokenizer(HERE / "tokenizer"), blocks).items():
+        log_p = score(model, heldout.ids).log_p
+        arrays |= {f"{pack}.ids": heldout.ids, f"{pack}.keep": heldout.keep, f"{pack}.log_p": log_p}
+        print(f"{pack}: {heldout.num_kept} completion tokens, perplexity {perplexity(log_p, heldout.keep)}", flush=True)
     np.savez_compressed(out, allow_pickle=False, **arrays)
 
 
-def compare(engine: Engine, work: Path, checkpoint: Path, reference: Path, seconds: float) -> dict[str, Any]:
-    """Boot, ask for every block, and put the figures beside the reference's."""
+def compare(engine: Engine, work: Path, checkpoint: Path, reference: Path, blocks: int | None, seconds: float) -> dict[str, Any]:
+    """Boot, ask for the first blocks or all, and put the figures beside the reference's."""
     served = work / "tiny"
     if engine.on_gpu:
         served.unlink(missing_ok=True)
@@ -68,8 +68,9 @@ def compare(engine: Engine, work: Path, checkpoint: Path, reference: Path, secon
                 "fingerprint_is_the_references": status["fingerprint"] == str(arrays["fingerprint"]),
             }
             for pack in PACKS:
-                found = [engine.ask(server, [ids.tolist()], 1)[0][1][:-1] for ids in arrays[f"{pack}.ids"]]
-                result["packs"][pack] = figures(np.asarray(found), arrays[f"{pack}.log_p"][:, 1:], arrays[f"{pack}.keep"][:, 1:])
+                ids, log_p, keep = (arrays[f"{pack}.{name}"][:blocks] for name in ("ids", "log_p", "keep"))
+                found = [engine.ask(server, [block.tolist()], 1)[0][1][:-1] for block in ids]
+                result["packs"][pack] = figures(np.asarray(found), log_p[:, 1:], keep[:, 1:])
                 print(pack, result["packs"][pack], flush=True)
     finally:
         server.stop(grace=0)
@@ -95,18 +96,18 @@ def main() -> None:
     parser.add_argument("what", choices=["reference", *ENGINES])
     parser.add_argument("folder", type=Path, help="the checkpoint, or the working folder")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--blocks", type=int, help="of each pack; 12 in a reference, and all of it in a comparison")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--seconds", type=float, default=400, help="for booting")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
     if args.what == "reference":
-        make_reference(args.folder, args.data, args.out, args.blocks, "cpu" if args.cpu else "cuda")
+        make_reference(args.folder, args.out, args.blocks or 12)
         return
     args.folder.mkdir(parents=True, exist_ok=True)
-    result = compare(ENGINES[args.what](not args.cpu), args.folder.resolve(), args.checkpoint, args.reference, args.seconds)
+    engine = ENGINES[args.what](not args.cpu)
+    result = compare(engine, args.folder.resolve(), args.checkpoint, args.reference, args.blocks, args.seconds)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(0 if result["passed"] else 1)
 

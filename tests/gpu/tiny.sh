@@ -1,11 +1,12 @@
 #!/bin/sh
-# The small model on a GPU host: tests/gpu/tiny.sh STEP DATA.npz.xz WORK_DIR
+# The small model on a GPU host:
 #
-#   train      SECONDS_OF_TRAINING (150), then a second seed on a quarter of the tokens
-#   sglang     is what SGLang says the same as Transformers in WORK_DIR/reference.npz? (SGLang beside softprune)
-#   vllm       is what vLLM says the same?
+#   tests/gpu/tiny.sh train DATA.npz.xz WORK_DIR      SECONDS_OF_TRAINING (150), then a second seed on a quarter of the tokens
+#   tests/gpu/tiny.sh sglang REFERENCE.npz WORK_DIR   does SGLang say the same as Transformers in that file? (SGLang beside softprune)
+#   tests/gpu/tiny.sh vllm REFERENCE.npz WORK_DIR     does vLLM?
 #
-# `python -m tests.gpu.tiny reference CHECKPOINT reference.npz --data DATA.npz.xz --cpu` makes that file on any machine with softprune's dependencies.
+# DATA is of `make tiny-data`. REFERENCE is of `python -m tests.gpu.tiny reference bench/tiny/weights REFERENCE.npz`, where softprune's own
+# dependencies are: 90 s on 2 cores. CHECKPOINT (bench/tiny/weights) is the one that is compared.
 #
 # Training begins with tries of a few seconds: the first combination of attention and compilation that works on this host is taken.
 # What is to be committed lies in WORK_DIR afterwards: a/mxfp4, a/curve.json, a/training.json, b/training.json, sglang.json, vllm.json.
@@ -30,10 +31,10 @@ train)
     train "$work/b" --seed 1 --seconds 1e6 --tokens "$tokens" $options
     ;;
 sglang | vllm)
-    python3 -m tests.gpu.tiny "$step" "$work/$step" "$work/$step.json" --checkpoint "$work/a/mxfp4" --reference "$work/reference.npz"
+    python3 -m tests.gpu.tiny "$step" "$work/$step" "$work/$step.json" --checkpoint "${CHECKPOINT:-bench/tiny/weights}" --reference "$data"
     ;;
 *)
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

@@ -23,10 +23,11 @@ from softprune.control_api import ControlApi
 from softprune.launch import Launch
 from softprune.mask import ExpertMask
 from softprune.mask_forms import build
+from softprune.runtime.collector import Span
 from softprune.runtime.epochs import Epochs
 from softprune.runtime.masked_model import MaskedModel
 from softprune.runtime.router_mask import Router
-from softprune.runtime.tags import Tags
+from softprune.runtime.tags import TAG_KEY, Tags
 from tests.unit.fake_server import Behaviour, _openai, _sglang
 
 LAYERS, EXPERTS, HIDDEN, TOP_K = 3, 8, 16, 2
@@ -86,6 +87,9 @@ class FakeEngine:
             body += message["body"]
             if not message.get("more_body"):
                 break
+        if scope["path"] == "/v1/models":
+            await _answer(send, 200, b'{"object": "list", "data": [{"id": "served-name"}]}')
+            return
         if scope["path"] not in ("/v1/completions", "/generate"):
             await _answer(send, 404, b'{"detail": "Not Found"}')
             return
@@ -94,7 +98,8 @@ class FakeEngine:
         prompt = request["input_ids" if native else "prompt"]
         length = request["sampling_params"]["max_new_tokens"] if native else request["max_tokens"]
         if not request.get("stream"):
-            await _answer(send, 200, json.dumps(self.scored(native, prompt, length)).encode())
+            parameters = (request["sampling_params"].get("custom_params") if native else request.get("vllm_xargs")) or {}
+            await _answer(send, 200, json.dumps(self.scored(native, prompt, length, parameters.get(TAG_KEY))).encode())
             return
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for has in range(1, length + 1):
@@ -103,13 +108,13 @@ class FakeEngine:
             await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
-    def scored(self, native: bool, prompt: list[int], length: int) -> dict[str, Any]:
+    def scored(self, native: bool, prompt: list[int], length: int, tag: str | None = None) -> dict[str, Any]:
         """An answer with log-probabilities of prompt and answer."""
-        tokens, found = list(prompt), self.run(prompt)
+        tokens, found = list(prompt), self.run(prompt, tag, len(prompt))
         for number in range(length):
             tokens.append(100 + int(-found[-1] * 1000) % 900)
             # The last token of an answer is never run.
-            found.append(self.run(tokens[-1:])[0] if number < length - 1 else found[-1])
+            found.append(self.run(tokens[-1:], tag)[0] if number < length - 1 else found[-1])
         changed = self.leaves_trace and self.ranks[0].routers.mask is None and any(self.epochs.masks)
         shift = self.noise() + (0.01 if changed else 0.0)
         scored = [(value + shift, token) for value, token in zip(found, tokens, strict=True)]
@@ -123,8 +128,14 @@ class FakeEngine:
         return {"id": "cmpl-1", "choices": [{"index": 0, "text": "", "logprobs": outs, "prompt_logprobs": ins}]}
 
     @torch.no_grad()
-    def run(self, tokens: list[int]) -> list[float]:
-        """A step: route each token in each layer, count what was selected, make log-probabilities of it."""
+    def run(self, tokens: list[int], tag: str | None = None, prompt: int = 0) -> list[float]:
+        """A step: route each token in each layer, count what was selected, make log-probabilities of it.
+
+        Args:
+            tokens: of one request.
+            tag: the request's.
+            prompt: so many of them are prefill.
+        """
         model = self.ranks[0]
         hidden = torch.stack([torch.randn(HIDDEN, generator=torch.Generator().manual_seed(token)) for token in tokens]).bfloat16()
         total = torch.zeros(len(tokens))
@@ -133,6 +144,10 @@ class FakeEngine:
             total += (values.softmax(-1) * (ids + 1)).sum(-1)
             if model.probe is not None:
                 model.probe.record_ids(layer, ids)
+            if model.collector is not None:
+                model.collector.copy(layer, router.forward(hidden))
+        if model.collector is not None:
+            model.collector.step([Span(model.collector.tag_number(tag), prompt, 0, len(tokens))])
         return [-float(value) for value in total]
 
 

@@ -144,7 +144,7 @@ def test_the_app_never_sees_a_path_under_the_prefix(path: str, key: str, root: s
 
 def test_all_else_passes() -> None:
     api = fake()
-    for path in ("/", "/v1/models", "/softprune", "/softprune/v10/status", "/x/softprune/v1/status"):
+    for path in ("/", "/v1/files", "/softprune", "/softprune/v10/status", "/x/softprune/v1/status"):
         assert run(api, "GET", path, full_path=True, key=None).status == 404
         assert api.engine.seen.pop() == path
 

@@ -15,10 +15,11 @@ import torch
 from softprune.bench.tiny import PACKS, baseline, baseline_kenlm, baseline_ngram
 from softprune.bench.tiny.measure_bars import Bar, bars
 from softprune.bench.tiny.measure_curve import plot_curve, read_curve
-from softprune.bench.tiny.measure_packs import block_hashes
+from softprune.bench.tiny.measure_packs import block_hashes, heldout_blocks, load_tokenizer
 from softprune.bench.tiny.measure_routing import Selections, random_mask, recorded, router_modules, routers
 from softprune.bench.tiny.measure_samples import Prompt, cut_prompt, declared_functions, first_call, generate, judge_calls
-from softprune.checkpoint import synth
+from softprune.bench.tiny.weights import HERE as TINY
+from softprune.bench.tiny.weights import TRAINED
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import InputError
 from softprune.evaluate.harmony import HarmonyError
@@ -37,11 +38,9 @@ FINAL = "<|start|>assistant<|channel|>final<|message|>Done.<|return|>"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model() -> Any:
     torch.set_num_threads(1)  # on a busy machine, small products wait for each other's threads
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    synth.synth_checkpoint("tiny", folder, storage="mxfp4")
-    return load_reference(folder)
+    return load_reference(TRAINED)
 
 
 def test_js_by_hand() -> None:
@@ -92,12 +91,8 @@ def test_random_masks_are_seeded() -> None:
     assert masks[0].keep[0] != masks[0].keep[1]
 
 
-def test_batched_answers_equal_single_ones(model: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    from softprune.bench.tiny.measure_packs import load_tokenizer
-
-    folder = tmp_path_factory.mktemp("other") / "tiny"
-    synth.synth_checkpoint("tiny", folder)
-    tokenizer = load_tokenizer(folder)
+def test_batched_answers_equal_single_ones(model: Any) -> None:
+    tokenizer = load_tokenizer(TRAINED)
     prompts = [SYSTEM + USER, SYSTEM, SYSTEM + USER + FINAL + USER]
     done: list[int] = []
     together = generate(model, tokenizer, prompts, 6, progress=done.append)
@@ -236,3 +231,19 @@ def test_curve(tmp_path: Path) -> None:
         file.write_text(content)
         with pytest.raises(InputError, match=message):
             read_curve(file)
+
+
+def test_heldout_blocks_are_those_that_the_committed_figures_are_of() -> None:
+    """Cheap proof that today's code cuts the blocks that the weights were judged on; a comparison with engines stands on them."""
+    document = json.loads((TINY.parent / "results" / "tiny.json").read_text(encoding="utf-8"))
+    found = heldout_blocks(TINY / "packs", load_tokenizer(TINY / "tokenizer"), document["settings"]["num_blocks"])
+    assert set(found) == {*PACKS, "UNION"}
+    for pack, blocks in found.items():
+        recorded = document["perplexity"][pack]
+        assert (blocks.num_kept, blocks.rows_seen, blocks.rows_sha256) == tuple(
+            recorded[name] for name in ("kept_tokens", "rows_seen", "rows_sha256")
+        ), pack
+    ngram = json.loads((TINY.parent / "results" / "tiny_ngram.json").read_text(encoding="utf-8"))["packs"]
+    assert all([digest for digest, *_ in ngram[pack]["blocks"]][:48] == block_hashes(blocks) for pack, blocks in found.items())
+    compared = json.loads((TINY.parent / "results" / "tiny_vllm_cpu.json").read_text(encoding="utf-8"))["packs"]
+    assert {pack: int(found[pack].keep[:12].sum()) for pack in PACKS} == {pack: one["completion_tokens"] for pack, one in compared.items()}

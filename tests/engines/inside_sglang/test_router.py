@@ -17,6 +17,9 @@ from softprune.launch import LaunchRequest
 from softprune.runtime.masked_model import MaskedModel
 from softprune.sglang_ext import routers, seams
 
+HIDDEN = 256
+"""Width of the trained gpt-oss."""
+
 
 class Experts(nn.Module):
     """Stands where SGLang's experts would; routers are the subject here."""
@@ -31,7 +34,7 @@ def built(model: Path) -> tuple[nn.Module, list[TinyGemmLinear]]:
     for layer in range(4):
         block = GptOssSparseMoeBlock.__new__(GptOssSparseMoeBlock)
         nn.Module.__init__(block)
-        gate = TinyGemmLinear(128, 32, bias=True, quant_config=None, params_dtype=torch.bfloat16)
+        gate = TinyGemmLinear(HIDDEN, 32, bias=True, quant_config=None, params_dtype=torch.bfloat16)
         gate.weight.data.copy_(index.load(f"model.layers.{layer}.mlp.router.weight"))
         gate.bias.data.copy_(index.load(f"model.layers.{layer}.mlp.router.bias"))
         block.router, block.topk, block.experts = gate, nn.Module(), Experts()
@@ -51,7 +54,7 @@ def masked(model: Path, mask: str, root: nn.Module) -> MaskedModel:
 
 def test_pruned_logits_are_minus_infinity_and_kept_ones_unchanged(models: dict[str, Path], keep24: str) -> None:
     root, gates = built(models["gpt-oss"])
-    sample = torch.randn(9, 128, dtype=torch.bfloat16)
+    sample = torch.randn(9, HIDDEN, dtype=torch.bfloat16)
     before = [gate(sample)[0].clone() for gate in gates]
     addresses = [gate.bias.data_ptr() for gate in gates]
     model = masked(models["gpt-oss"], keep24, root)

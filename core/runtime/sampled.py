@@ -1,0 +1,395 @@
+"""Collecting the modes `reap` and `eaft` in a serving engine: sampled rows, and how sure the model was of its tokens.
+
+A sampled row waits in the slab until a few hundred are there; then, between two steps, the engine's experts are run on them, and their
+norms, gates and ids go to the host together with the tokens' scores. A step with more sampled rows than fit (a long prefill) measures
+them within each layer instead. The host adds up what arrived while the device goes on; it never waits for a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softprune.runtime.expert_norms import Experts, Routed, routed
+from softprune.runtime.sample_slab import STEP_ROWS, SampleSlab
+from softprune.runtime.sampled_sums import SampledSums
+from softprune.runtime.sampling import Sampling
+from softprune.runtime.token_records import Fetched, TokenRecords
+from softprune.runtime.token_scores import token_scores
+
+if TYPE_CHECKING:
+    from softprune.runtime.collector import Span
+
+TEACHER_FORCED, SAMPLED = 0, 1
+"""Index of the kind axis."""
+_WAITING_TOKENS = 8192
+"""Records from which on they are fetched."""
+_REMEMBERED = 4096
+"""Requests whose last record is remembered, for attribution to the token itself."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one collection samples.
+
+    Attributes:
+        mode: "router" (then only shadow counts are sampled), "reap" or "eaft".
+        sample: N of 1 token in N.
+        shadow: also count what the router would choose without a mask.
+        attribution: see `softprune.stats.header.Eaft`.
+    """
+
+    mode: str = "router"
+    sample: int = 16
+    shadow: bool = False
+    attribution: str = "predictor"
+
+    @property
+    def samples(self) -> bool:
+        """Whether any row is sampled at all."""
+        return self.mode != "router" or self.shadow
+
+
+@dataclass
+class _Step:
+    """A step that is under way.
+
+    Attributes:
+        rows: positions of the sampled rows.
+        layers: what they were routed to in each layer, if that is measured within the step; None if they wait in the slab.
+        spans: None until the step has been launched.
+        records: int64 [rows of the step], number of the record of the token that each row predicted; -1 for none.
+    """
+
+    rows: NDArray[np.int64]
+    layers: dict[int, Routed] | None
+    spans: Sequence[Span] | None = None
+    records: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Sampled rows: tag (-1: lost) and record of each."""
+
+    tags: NDArray[np.int64]
+    records: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What was sent to the host together."""
+
+    sums: SampledSums
+    sent: list[tuple[Routed, _Rows]]
+    tokens: Fetched
+    token_tags: NDArray[np.int64]
+    token_kinds: NDArray[np.int64]
+    arrived: torch.cuda.Event | None
+
+
+class Sampler:
+    """Samples in one process; every call comes between two steps or within one, on the stream that runs the model.
+
+    Args:
+        num_layers, num_experts, top_k, hidden_size: of the model.
+        num_tags: kept apart.
+        max_rows: tokens in a step at most.
+        device, dtype: of the routers' logits.
+        eaft: have room for sums of `eaft`.
+
+    Attributes:
+        experts: the engine's; the extension connects them before the first step.
+        unmasked: (layer, hidden) -> logits without a mask, for shadow counts.
+        settings: None while nothing is collected.
+        lost: sampled rows that could not be measured, and tokens without finite scores.
+    """
+
+    def __init__(
+        self, num_layers: int, num_experts: int, top_k: int, hidden_size: int, num_tags: int, max_rows: int, device: torch.device,
+        dtype: torch.dtype, eaft: bool,
+    ) -> None:  # fmt: skip
+        self.experts: Experts | None = None
+        self.unmasked: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+        self.settings: Settings | None = None
+        self.lost = 0
+        self._shape = num_tags, num_layers, num_experts, eaft
+        self._top_k = top_k
+        self._slab = SampleSlab(num_layers, num_experts, hidden_size, device, dtype)
+        self._records = TokenRecords(max_rows + _WAITING_TOKENS, device)
+        self._sums: dict[str | None, SampledSums] = {}
+        self._sampling = Sampling(1)
+        self._mask: str | None = None
+        self._step: _Step | None = None
+        self._inline: torch.Tensor | None = None
+        self._under_way = False
+        self._waiting: list[_Rows] = []
+        self._measured: list[tuple[Routed, _Rows]] = []
+        self._token_tags: list[NDArray[np.int64]] = []
+        self._token_kinds: list[NDArray[np.int64]] = []
+        self._queue: list[_Batch] = []
+        self._before = Fetched(0, torch.zeros(0, 3)), np.empty(0, np.int64)
+        self._last: dict[str, int] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of device memory."""
+        return self._slab.num_bytes + self._records.num_bytes
+
+    @property
+    def measures_within(self) -> bool:
+        """Whether the step that is being launched measures its rows within its layers: a captured graph would pass that by."""
+        return self._inline is not None
+
+    def start(self, settings: Settings, mask: str | None) -> None:
+        """Sample from the next step on; sums go to those of a mask."""
+        self.settings, self._mask = settings, mask
+        self._sampling = Sampling(settings.sample)
+
+    @torch.inference_mode()
+    def stop(self) -> None:
+        """Sample no more; what was sampled is on its way to the sums."""
+        self._end_step()
+        self._send()
+        self._slab.describe(np.empty(0, np.int64))
+        self.settings, self._inline = None, None
+
+    @torch.inference_mode()
+    def sums(self, mask: str | None) -> SampledSums:
+        """Sums under a mask, of all that was sampled until now; waits for the device."""
+        self._end_step()
+        self._send()
+        self._add_arrived(0)
+        return self._sums.setdefault(mask, SampledSums(*self._shape))
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Forget everything that was sampled, under all masks."""
+        self._end_step()
+        self._sums, self.lost = {}, 0
+        self._slab.clear()
+        self._records.fetch()
+        self._waiting, self._measured, self._token_tags, self._token_kinds, self._queue = [], [], [], [], []
+
+    @torch.inference_mode()
+    def begin(self, rows: int, captured: bool = False) -> None:
+        """A step is about to be launched.
+
+        Args:
+            rows: of the step, padding left out.
+            captured: it may run as a captured graph, which keeps STEP_ROWS rows at most.
+        """
+        if self.settings is None:
+            return
+        self._end_step()
+        if self._slab.is_full or self._records.used > _WAITING_TOKENS:
+            self._send()
+        found = self._sampling.of(rows) if self.settings.samples else np.empty(0, np.int64)
+        if captured and len(found) > STEP_ROWS:
+            self.lost += len(found) - STEP_ROWS
+            found = self._sampling.some(found, STEP_ROWS)
+        within = len(found) > STEP_ROWS
+        self._inline = None
+        if within:
+            described = torch.from_numpy(found)
+            if self._slab.hidden.is_cuda:
+                described = described.pin_memory()
+            self._inline = described.to(self._slab.hidden.device, non_blocking=True)
+        self._slab.describe(found[:0] if within else found)
+        self._step = _Step(found, {} if within else None)
+        self._under_way = True
+
+    def take(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        """A layer is given its input: keep the sampled rows, or measure them now.
+
+        Args:
+            layer: position among the MoE layers.
+            hidden: [rows, at least hidden_size], padding included.
+            logits: [rows, num_experts], of the router.
+        """
+        step = self._step
+        if _capturing(hidden):
+            self._slab.take(layer, hidden, logits)
+        elif not self._under_way or step is None:
+            return  # no step, but a check of the routers or a warm-up
+        elif self._inline is None or step.layers is None:
+            self._slab.take(layer, hidden, logits)
+        else:
+            width = self._slab.hidden.shape[-1]
+            step.layers[layer] = self._routed(layer, hidden[self._inline, :width], logits[self._inline])
+
+    def has(self, spans: Sequence[Span]) -> None:
+        """The step has these requests' tokens, in the order of its rows."""
+        if self._step is not None and self._step.spans is None:
+            self._step.spans = spans
+            self._step.records = np.full(sum(span.rows for span in spans), -1, np.int64)
+
+    def launched(self) -> None:
+        """The step has been launched: its layers have been given their inputs."""
+        self._inline, self._under_way = None, False
+
+    def drawn(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        """The step's next tokens.
+
+        Args:
+            logits: [spans, vocabulary], as the model gave them.
+            tokens: integers [spans]; those of requests that have not come to their end are thrown away.
+        """
+        step = self._step
+        if not self.scores or step is None or step.spans is None:
+            return
+        if len(tokens) != len(step.spans):
+            self.lost += len(tokens)
+            return
+        ends = np.cumsum([span.rows for span in step.spans]) - 1
+        tags = np.array([span.tag if span.first + span.rows >= span.known else -1 for span in step.spans], np.int64)
+        self._record(step, ends, tags, SAMPLED, token_scores(logits, tokens))
+
+    def given(self, rows: NDArray[np.int64], logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Prompt tokens whose log-probabilities were asked for.
+
+        Args:
+            rows: int64 [n], of the step, whose predictions these are; -1 for what is not to be counted.
+            logits: [n, vocabulary]; log-probabilities will do.
+            tokens: integers [n], those that followed.
+        """
+        step = self._step
+        if not self.scores or step is None or step.spans is None or not len(rows):
+            return
+        tags = np.where(rows < 0, -1, _tags_of_completions(step.spans)[rows])
+        if (tags >= 0).any():
+            self._record(step, rows, tags, TEACHER_FORCED, token_scores(logits, tokens))
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """Of the step that is under way, if they are known."""
+        return self._step.spans or () if self._step is not None else ()
+
+    @property
+    def scores(self) -> bool:
+        """Whether tokens are scored now."""
+        return self.settings is not None and self.settings.mode == "eaft"
+
+    def _record(self, step: _Step, rows: NDArray[Any], tags: NDArray[np.int64], kind: int, scores: torch.Tensor) -> None:
+        first = self._records.add(scores)
+        if first is None:
+            self.lost += len(scores)
+            return
+        self._token_tags.append(tags)
+        self._token_kinds.append(np.full(len(tags), kind, np.int64))
+        step.records[rows[tags >= 0]] = first + np.flatnonzero(tags >= 0)
+
+    def _end_step(self) -> None:
+        """All that is to be known of the last step is known."""
+        step, self._step, self._inline, self._under_way = self._step, None, None, False
+        if step is None:
+            return
+        rows = self._rows_of(step)
+        if step.layers is None:
+            self._waiting.append(rows)
+        elif len(step.layers) == self._shape[1]:
+            self._measured.append((Routed.stacked([step.layers[layer] for layer in sorted(step.layers)]), rows))
+        else:
+            self.lost += len(step.rows)  # a captured graph ran
+        if self._measured:
+            self._send()
+
+    def _rows_of(self, step: _Step) -> _Rows:
+        nothing = np.full(len(step.rows), -1, np.int64)
+        if step.spans is None or (len(step.rows) and step.rows[-1] >= len(step.records)):
+            self.lost += len(step.rows)
+            return _Rows(nothing, nothing)
+        tags = np.repeat([span.tag for span in step.spans], [span.rows for span in step.spans]).astype(np.int64)
+        records = step.records
+        if self.scores and self.settings is not None and self.settings.attribution == "target":
+            records = self._shifted(step.spans, records)
+        return _Rows(tags[step.rows], records[step.rows])
+
+    def _shifted(self, spans: Sequence[Span], records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of each row, the record of the prediction that led to its token: that of the request's row before it."""
+        shifted, row = np.roll(records, 1), 0
+        for span in spans:
+            if span.rows:
+                shifted[row] = self._last.pop(span.request, -1)
+                row += span.rows
+                self._last[span.request] = int(records[row - 1])
+        while len(self._last) > _REMEMBERED:
+            self._last.pop(next(iter(self._last)))
+        return shifted
+
+    def _routed(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> Routed:
+        settings = self.settings
+        assert settings is not None
+        found = routed(layer, hidden, logits, self._top_k, self.experts if settings.mode != "router" else None)
+        if not settings.shadow or self.unmasked is None:
+            return found
+        unmasked = self.unmasked(layer, hidden).float()
+        return Routed(found.ids, found.gates, found.norms, routed(layer, hidden, unmasked, self._top_k, None).ids)
+
+    def _send(self) -> None:
+        """Measure what waits in the slab, send everything to the host, and add up what came with the send before."""
+        if self.settings is None:
+            return
+        if self._slab.used:
+            used = self._slab.used
+            layers = [
+                self._routed(layer, self._slab.hidden[layer, :used], self._slab.logits[layer, :used]) for layer in range(self._shape[1])
+            ]
+            together = [np.concatenate([getattr(rows, name) for rows in self._waiting]) for name in ("tags", "records")]
+            self._measured.append((Routed.stacked(layers), _Rows(*together)))
+            self._slab.clear()
+            self._waiting = []
+        if not self._measured and not self._records.used:
+            return
+        sent = [(found.to_host(), rows) for found, rows in self._measured]
+        tokens = self._records.fetch()
+        event = None
+        if self._slab.hidden.is_cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        empty = [np.empty(0, np.int64)]
+        tags, kinds = np.concatenate(empty + self._token_tags), np.concatenate(empty + self._token_kinds)
+        self._queue.append(_Batch(self._sums.setdefault(self._mask, SampledSums(*self._shape)), sent, tokens, tags, kinds, event))
+        self._measured, self._token_tags, self._token_kinds = [], [], []
+        self._add_arrived(1)
+
+    def _add_arrived(self, leave: int) -> None:
+        """Add up what was sent, but for the last `leave` batches; waits for their arrival."""
+        while len(self._queue) > leave:
+            batch = self._queue.pop(0)
+            if batch.arrived is not None:
+                batch.arrived.synchronize()
+            if len(batch.token_tags):
+                self.lost += batch.sums.add_tokens(batch.token_tags, batch.token_kinds, batch.tokens.values.numpy())
+            for found, rows in batch.sent:
+                scores = np.full((len(rows.records), 3), np.nan, np.float32)
+                kinds = np.zeros(len(rows.records), np.int64)
+                for tokens, of_token in (self._before, (batch.tokens, batch.token_kinds)):
+                    tokens.look_up(rows.records, scores)
+                    here = (rows.records >= tokens.first) & (rows.records < tokens.first + len(tokens.values))
+                    kinds[here] = of_token[rows.records[here] - tokens.first]
+                batch.sums.add_rows(found, rows.tags, kinds, scores)
+            self._before = batch.tokens, batch.token_kinds
+
+
+def _tags_of_completions(spans: Sequence[Span]) -> NDArray[np.int64]:
+    """Of each row of a step, its tag if the token that it predicts is of a completion, else -1."""
+    tags = np.repeat([span.tag for span in spans], [span.rows for span in spans]).astype(np.int64)
+    row = 0
+    for span in spans:
+        if span.completions is not None:
+            follows = np.arange(span.first + 1, span.first + span.rows + 1)
+            inside = np.zeros(span.rows, bool)
+            for begin, end in span.completions:
+                inside |= (follows >= begin) & (follows < end)
+            tags[row : row + span.rows][~inside] = -1
+        row += span.rows
+    return tags
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,44 @@
+"""Running SGLang's experts one at a time, by the kernels and on the weights that serve: for the norms of their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from softprune.runtime.blocks import MoeLayer
+from softprune.runtime.expert_norms import Experts
+from softprune.sglang_ext import seams
+
+
+def single_experts(layers: Sequence[MoeLayer], num_experts: int) -> Experts:
+    """The experts of a model's layers.
+
+    Args:
+        layers: in order.
+        num_experts: of each.
+
+    Raises:
+        SeamError: a layer does not look as expected.
+    """
+    blocks: list[tuple[Any, Any, Any]] = []
+    for layer in layers:
+        topk = layer.block.topk
+        blocks.append((topk, seams.attribute(topk, "topk_config", seams.TOP_K.name), layer.block.experts))
+
+    def run(layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        topk, config, experts = blocks[layer]
+        # Logits that leave no choice, and one expert to be chosen by them.
+        logits = torch.full((len(ids), num_experts), -torch.inf, dtype=hidden.dtype, device=hidden.device)
+        logits.scatter_(1, ids[:, None], 0.0)
+        served, config.top_k = config.top_k, 1
+        try:
+            # Past the module's hooks, among which is the route probe's.
+            selected = topk.forward(hidden, logits)
+        finally:
+            config.top_k = served
+        output: torch.Tensor = experts.forward(hidden, selected)
+        return output[:, : hidden.shape[1]]
+
+    return run

@@ -1,0 +1,384 @@
+"""Statistics of an engine on a GPU: are they exact, and what do they cost?
+
+    python -m tests.gpu.stats reference CHECKPOINT OUT.safetensors --blocks REFERENCE.npz
+    python -m tests.gpu.stats ENGINE WORK_DIR OUT.json --checkpoint CHECKPOINT --blocks REFERENCE.npz --reference FILE [--cpu]
+
+The first adds up the statistics of a Transformers model in float32 over the blocks that `tests.gpu.tiny reference` wrote, where softprune's
+own dependencies are. The second boots the engine on the small trained model as it is (MXFP4), asks for the same blocks' log-probabilities
+while it collects, and compares both; samples 1 token in 16 of them; then boots the 20B shape three times (unpatched, with softprune but
+without statistics, with `--softprune-stats eaft`) and measures decoding and prefill in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from softprune.bench.decode import measure
+from softprune.bench.prompts import Workload
+from softprune.bench.server import Server, ServerError, free_port
+from softprune.bench.tiny import PACKS
+from softprune.checkpoint.dequantize import dequantize_checkpoint
+from softprune.checkpoint.families import read_config, spec_of
+from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
+from softprune.checkpoint.synth import synth_checkpoint
+from softprune.evaluate.replay import spans_text
+from softprune.mask import MaskModel
+from softprune.runtime.tags import SPANS_KEY, TAG_KEY
+from softprune.server_client import ServerClient
+from softprune.stats.file import Statistics, read, write
+from tests.gpu.engines import ENGINES, Engine, Row, versions
+from tests.gpu.tiny import figures
+
+KEEPS = (24, 16, 8)
+GROWN_TOKENS = 2_000_000
+Answers = list[list[float]]
+
+
+def make_reference(checkpoint: Path, blocks: Path, out: Path) -> None:
+    """Transformers' statistics of the blocks, every token counted by `reap`."""
+    from softprune.evaluate.packing import Blocks
+    from softprune.evaluate.reference import load_reference
+    from softprune.evaluate.reference_stats import collect
+
+    spec = spec_of(read_config(checkpoint))
+    shape = MaskModel(
+        architecture=spec.architecture, num_layers=spec.num_layers, num_experts=spec.num_experts, top_k=spec.top_k,
+        fingerprint=fingerprint_of_checkpoint(checkpoint),
+    )  # fmt: skip
+    with np.load(blocks, allow_pickle=False) as arrays:
+        packs = {pack: Blocks(arrays[f"{pack}.ids"], arrays[f"{pack}.keep"], arrays[f"{pack}.ids"] * 0, 1, "0" * 64) for pack in PACKS}
+    found, _ = collect(load_reference(checkpoint), shape, packs, reap_everywhere=True)
+    write(found, out)
+
+
+class Trial:
+    """One engine in one working folder, with a bound on time."""
+
+    def __init__(self, engine: Engine, work: Path, seconds: float) -> None:
+        self.engine, self.work, self.deadline = engine, work, time.monotonic() + seconds
+        self.result: dict[str, Any] = {"what": "tests/gpu/stats.py", **versions(engine)}
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"{self.left:.0f} s left: {text}", flush=True)
+
+    def start(self, name: str, model: str, *args: str, patched: bool = True) -> Server:
+        row = Row(name, model, args=args, patched=patched, graphs=self.engine.on_gpu)
+        env = {"SGLANG_ENABLE_LOGPROB_CHUNK": "1", "SGLANG_LOGPROB_CHUNK_SIZE": "1024"}  # else 8,192 rows of 201,088 float32 at once
+        return self.engine.start(row, self.work, {}, free_port(), env)
+
+    def send(self, server: Server, prompt: Sequence[int], tag: str, spans: str | None = None, logprobs: bool = False) -> list[float]:
+        """One prompt, one token of answer; the log-probabilities of the prompt's tokens but the first, if asked for."""
+        parameters = {TAG_KEY: tag} | ({} if spans is None else {SPANS_KEY: spans})
+        if self.engine.name == "sglang":
+            sampling = {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True, "custom_params": parameters}
+            body: dict[str, Any] = {"input_ids": list(prompt), "sampling_params": sampling}
+            body |= {"return_logprob": True, "logprob_start_len": 0} if logprobs else {}
+            status, answer = server.request("POST", "/generate", body, timeout=200)
+            assert status == 200, answer
+            return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]] if logprobs else []
+        body = {"model": "model", "prompt": list(prompt), "max_tokens": 1, "temperature": 0, "ignore_eos": True, "vllm_xargs": parameters}
+        status, answer = server.request("POST", "/v1/completions", body | ({"prompt_logprobs": 0} if logprobs else {}), timeout=200)
+        assert status == 200, answer
+        if not logprobs:
+            return []
+        entries = answer["choices"][0]["prompt_logprobs"][1:]
+        return [entry[str(token)]["logprob"] for entry, token in zip(entries, prompt[1:], strict=True)]
+
+    def together(self, server: Server, prompts: Sequence[Sequence[int]], at_once: int, **more: Any) -> float:
+        """Seconds until all prompts are answered."""
+        began = time.monotonic()
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(lambda prompt: self.send(server, prompt, "default", **more), prompts))
+        return time.monotonic() - began
+
+    def fetch(self, server: Server) -> Statistics:
+        path = self.work / "fetched.safetensors"
+        path.write_bytes(ServerClient(f"http://127.0.0.1:{server.port}", server.key).stats_file())
+        return read(path)
+
+    def collecting(self, server: Server, mode: str | None, sample: int = 16, reset: bool = True) -> dict[str, Any]:
+        """Collect in this mode from now on, or not at all."""
+        server.request("POST", "/softprune/v1/stats/stop")
+        if reset:
+            server.request("POST", "/softprune/v1/stats/reset")
+        if mode is None:
+            return {}
+        status, answer = server.request("POST", "/softprune/v1/stats/start", {"mode": mode, "sample": sample})
+        assert status == 200, answer
+        return dict(answer)
+
+    def exact(self, checkpoint: Path, blocks: Path, reference: Path) -> None:
+        """The small model: its log-probabilities and its statistics against Transformers'."""
+        served = self.work / "tiny"
+        if self.engine.on_gpu:
+            served.unlink(missing_ok=True)
+            served.symlink_to(checkpoint.resolve())
+        elif not served.exists():
+            dequantize_checkpoint(checkpoint, served)
+        server = self.start("tiny", "tiny", "--softprune-stats", "eaft")
+        try:
+            server.wait_ready(max(1.0, self.left - 60))
+            self.say("the small model is up")
+            status = server.request("GET", "/softprune/v1/status")[1]
+            with np.load(blocks, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            same = status["fingerprint"] == str(arrays["fingerprint"])
+            self.collecting(server, "eaft", sample=1)
+            packs, found = {}, {}
+            for pack in PACKS:
+                ids, keep, log_p = (arrays[f"{pack}.{name}"] for name in ("ids", "keep", "log_p"))
+                found[pack] = [
+                    self.send(server, block.tolist(), pack, spans_text(_spans(kept)), logprobs=True)
+                    for block, kept in zip(ids, keep, strict=True)
+                ]
+                packs[pack] = figures(np.asarray(found[pack]), log_p[:, 1:], keep[:, 1:])
+                self.say(f"{pack}: {packs[pack]}")
+            self.result["tiny"] = {
+                "moe_backend": status["moe_backend"], "fingerprint_is_the_references": same, "packs": packs,
+                "passed": same and all(one["passed"] for one in packs.values()),
+            }  # fmt: skip
+            collected, lost = self.fetch(server), server.request("GET", "/softprune/v1/status")[1]["statistics"]["lost_samples"]
+            self.result["exact"] = {**compared(collected, read(reference), arrays, found), "lost_samples": lost}
+            self.say(json.dumps(self.result["exact"]))
+            self.result["sampled"] = self.sampled(server, arrays)
+            self.say(json.dumps(self.result["sampled"]))
+        finally:
+            server.stop(grace=0)
+
+    def sampled(self, server: Server, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        """Some 200,000 tokens, once all of them and once 1 in 16: do both keep the same experts?"""
+        prompts = [block.tolist() for pack in PACKS for block in arrays[f"{pack}.ids"]]
+        if self.engine.on_gpu:
+            # Cut at other places, the same text is other prompts, which no prefix cache knows.
+            prompts = [prompt[shift:] + prompt[:shift] for shift in (0, 200, 400, 600) for prompt in prompts]
+        sums = {}
+        for sample in (1, 16):
+            self.collecting(server, "reap", sample)
+            salted = [[sample, *prompt] for prompt in prompts]
+            self.together(server, salted, 8)
+            sums[sample] = self.fetch(server)
+        result: dict[str, Any] = {
+            "tokens": sum(map(len, prompts)),
+            "rows": {n: int(one["reap.count"][0, 0].sum()) for n, one in sums.items()},
+        }
+        for criterion in ("reap_sum", "reap"):
+            scores = [_scores(one, criterion) for one in (sums[1], sums[16])]
+            result[criterion] = {f"top {keep}": _overlap(*scores, keep) for keep in KEEPS}
+        return result
+
+    def cost(self) -> None:
+        """Decoding and prefill in turns, on the 20B shape."""
+        gpu = self.engine.on_gpu
+        base = self.work / "base"
+        if not base.exists():
+            synth_checkpoint("gpt-oss-20b" if gpu else "tiny", base, "mxfp4" if gpu else "bf16", seed=0)
+        room = ("--max-total-tokens", "80000") if self.engine.name == "sglang" else ("--max-model-len", "9000")
+        args = room if gpu else ()
+        kinds = {"unpatched": (False, ()), "collecting": (True, ("--softprune-stats", "eaft")), "without": (True, ("--softprune-control",))}
+        servers = {name: self.start(name, "base", *args, *more, patched=patched) for name, (patched, more) in kinds.items()}
+        try:
+            for name, server in list(servers.items()):
+                try:
+                    server.wait_ready(max(1.0, self.left - 100))
+                    self.say(f"{name} is up")
+                except ServerError as error:
+                    self.result.setdefault("errors", {})[name] = str(error)[-1500:]
+                    self.say(f"{name}: {str(error)[-1500:]}")
+                    servers.pop(name).stop(grace=0)
+            rows: list[tuple[str, Server, str | None]] = [
+                (name, servers[name], None) for name in ("unpatched", "without") if name in servers
+            ]
+            if "collecting" in servers:
+                rows += [
+                    ("off", servers["collecting"], None),
+                    *((mode, servers["collecting"], mode) for mode in ("router", "reap", "eaft")),
+                ]
+            self.result["decode"] = self.turns(rows, self.decode, rounds=5, need=60)
+            self.result["prefill"] = self.turns(rows, self.prefill, rounds=4, need=40)
+            self.result["prefill_logprobs"] = self.turns([rows[0], *rows[-1:]], self.prefill_logprobs, rounds=3, need=30)
+            if "collecting" in servers and self.left > 60:
+                self.result["memory"] = self.growth(servers["collecting"])
+        finally:
+            for server in servers.values():
+                server.stop(grace=0)
+
+    def turns(
+        self, rows: list[tuple[str, Server, str | None]], once: Callable[[Server, str], float], rounds: int, need: float
+    ) -> dict[str, Any]:
+        """Tokens per second of every row in each round, first an unmeasured one, and their ratios round by round."""
+        speeds: dict[str, list[float]] = {name: [] for name, _, _ in rows}
+        for number in range(rounds + 1):
+            for name, server, mode in rows if number % 2 else rows[::-1]:
+                if self.left < need:
+                    break
+                self.collecting(server, mode) if name in ("off", "router", "reap", "eaft") else None
+                speed = once(server, f"{name} {number}")
+                if number:
+                    speeds[name].append(round(speed, 1))
+            self.say(f"{once.__name__} {number}: { ({name: found[-1:] for name, found in speeds.items()}) }")
+        first = {name: found for name, found in speeds.items() if found}
+        return {
+            "tok_s": first,
+            "ratios": {f"{name} / {other}": _ratio(first, name, other) for name in first for other in first if name != other},
+        }
+
+    def decode(self, server: Server, name: str) -> float:
+        gpu = self.engine.on_gpu
+        work = Workload(256 if gpu else 32, 512 if gpu else 16, seed=len(name), token_ids=(0, 480))
+        document = measure(
+            f"http://127.0.0.1:{server.port}", work, [32 if gpu else 4], repeats=1, warmup=0, stream=self.engine.streams, key=server.key,
+            stall_seconds=100,
+        )  # fmt: skip
+        return float(document["results"][0]["total_tok_s"]["median"])
+
+    def prefill(self, server: Server, name: str, logprobs: bool = False) -> float:
+        number, length = (8, 8192) if self.engine.on_gpu else (4, 256)
+        rng = np.random.default_rng(abs(hash(name)) % 2**32)
+        prompts = rng.integers(0, 480, (number, length)).tolist()
+        return number * length / self.together(server, prompts, number, logprobs=logprobs)
+
+    def prefill_logprobs(self, server: Server, name: str) -> float:
+        return self.prefill(server, name + " with log-probabilities", logprobs=True)
+
+    def growth(self, server: Server) -> dict[str, Any]:
+        """Device memory before and after many tokens."""
+        state = self.collecting(server, "eaft")
+        self.prefill(server, "before")
+        before, tokens, began = _gpu_mib(), 0, time.monotonic()
+        while tokens < (GROWN_TOKENS if self.engine.on_gpu else 2000) and self.left > 20:
+            self.prefill(server, f"growth {tokens}")
+            tokens += 8 * 8192 if self.engine.on_gpu else 4 * 256
+        found = self.fetch(server)
+        assert (
+            int(found["router.count"].sum())
+            == sum(one.routed for one in found.header.tokens.values()) * state_top_k(found) * found.header.model.num_layers
+        )
+        status = server.request("GET", "/softprune/v1/status")[1]["statistics"]
+        return {
+            "tokens": tokens, "seconds": round(time.monotonic() - began, 1), "gpu_mib_before": before, "gpu_mib_after": _gpu_mib(),
+            "device_bytes_before": state["device_bytes"], "device_bytes_after": status["device_bytes"],
+            "device_mib": round(status["device_bytes"] / 2**20, 1),
+            **{name: status[name] for name in ("missed_tokens", "lost_samples")},
+        }  # fmt: skip
+
+
+def state_top_k(found: Statistics) -> int:
+    return found.header.epochs[0].top_k[0]
+
+
+def compared(found: Statistics, reference: Statistics, arrays: dict[str, NDArray[Any]], log_p: dict[str, Answers]) -> dict[str, Any]:
+    """An engine's sums of the packs and the reference's: relative differences, and the largest of any expert."""
+    result: dict[str, Any] = {}
+    places = [(found.tag_index(pack), reference.tag_index(pack)) for pack in PACKS]
+    for name in ("router.count", "reap.count", "reap.norm_sum", "reap.gate_norm_sum", "eaft.grid_gate_norm"):
+        ours, theirs = (
+            sum(one[name][place].astype(np.float64) for place in side)
+            for one, side in zip((found, reference), zip(*places, strict=True), strict=True)
+        )
+        if name.startswith("eaft"):
+            ours, theirs = ours[0].sum((-1, -2)), theirs[0].sum((-1, -2))
+        if name == "router.count":
+            ours, theirs = ours[0], theirs[0]
+        result[name] = {"total": float(ours.sum() / theirs.sum() - 1), "largest of an expert": float(np.abs(ours / theirs - 1).max())}
+    norms = [
+        sum(one["reap.norm_sum"][p] for p in side) / sum(one["reap.count"][p] for p in side)
+        for one, side in zip((found, reference), zip(*places, strict=True), strict=True)
+    ]
+    result["mean norm"] = {"largest of an expert": float(np.abs(norms[0] / norms[1] - 1).max())}
+    kept = {pack: arrays[f"{pack}.keep"] for pack in PACKS}
+    planes = {pack: int(found["eaft.hist"][found.tag_index(pack), 0].sum()) for pack in PACKS}
+    result["plane is all completion tokens"] = planes == {pack: int(keep.sum()) for pack, keep in kept.items()}
+    sums = {pack: float(found["eaft.nll_sum"][found.tag_index(pack), 0]) for pack in PACKS}
+    answered = {pack: -float(np.asarray(log_p[pack])[keep[:, 1:]].sum()) for pack, keep in kept.items()}
+    result["nll over what the server answered"] = {pack: sums[pack] / answered[pack] for pack in PACKS}
+    result["perplexity over the reference's"] = {
+        pack: math.exp((sums[pack] - float(reference["eaft.nll_sum"][reference.tag_index(pack), 0])) / kept[pack].sum()) for pack in PACKS
+    }
+    for name in ("p_sum", "entropy_sum", "entropy_top_sum"):
+        pairs = [(float(found[f"eaft.{name}"][a, 0]), float(reference[f"eaft.{name}"][b, 0])) for a, b in places]
+        result[name] = {pack: ours / theirs - 1 for pack, (ours, theirs) in zip(PACKS, pairs, strict=True)}
+    return result
+
+
+def _scores(found: Statistics, criterion: str) -> NDArray[np.float64]:
+    total, count = found["reap.gate_norm_sum"].sum(0), found["reap.count"].sum(0)
+    return total if criterion == "reap_sum" else total / np.maximum(count, 1)
+
+
+def _overlap(one: NDArray[np.float64], other: NDArray[np.float64], keep: int) -> dict[str, float]:
+    """Share of the top experts that both have, mean and least over layers."""
+    tops = [[set(np.argsort(-layer)[:keep]) for layer in scores] for scores in (one, other)]
+    shares = [len(a & b) / keep for a, b in zip(*tops, strict=True)]
+    return {"mean": float(np.mean(shares)), "least": min(shares)}
+
+
+def _ratio(speeds: dict[str, list[float]], name: str, other: str) -> float | None:
+    """Median over rounds of one row's speed over another's in the same round."""
+    pairs = list(zip(speeds[name], speeds[other], strict=False))
+    return round(median(a / b for a, b in pairs), 4) if pairs else None
+
+
+def _spans(keep: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def _gpu_mib() -> int | None:
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
+        )
+        return int(found.stdout.split()[0])
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["reference", *ENGINES])
+    parser.add_argument("folder", type=Path, help="the checkpoint, or the working folder")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--blocks", type=Path, required=True)
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--only", choices=["exact", "cost"])
+    parser.add_argument("--cpu", action="store_true")
+    args = parser.parse_args()
+    if args.what == "reference":
+        make_reference(args.folder, args.blocks, args.out)
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    trial = Trial(ENGINES[args.what](not args.cpu), args.folder.resolve(), args.seconds)
+    try:
+        if args.only != "cost":
+            trial.exact(args.checkpoint, args.blocks, args.reference)
+        if args.only != "exact":
+            trial.cost()
+    except Exception as error:
+        trial.result["error"] = f"{type(error).__name__}: {error}"[-3000:]
+        raise
+    finally:
+        args.out.write_text(json.dumps(trial.result, indent=1) + "\n")
+        trial.say("written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Running vLLM's experts one at a time, by the kernels and on the weights that serve: for the norms of their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from softprune.errors import RefusedError
+from softprune.runtime.blocks import MoeLayer
+from softprune.runtime.expert_norms import Experts
+from softprune.vllm_ext import seams
+
+_Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def single_experts(layers: Sequence[MoeLayer], hidden_size: int) -> Experts:
+    """The experts of a model's layers; to be called when its weights are packed.
+
+    Args:
+        layers: in order.
+        hidden_size: width of their input, as the checkpoint has it.
+
+    Raises:
+        SeamError: a layer does not look as expected.
+        RefusedError: its kernel chooses experts itself, and not by a number that can be changed.
+    """
+    runs = [_of_layer(layer, hidden_size) for layer in layers]
+    return lambda layer, hidden, ids: runs[layer](hidden, ids)
+
+
+def _of_layer(layer: MoeLayer, width: int) -> _Run:
+    routed: Any = seams.attribute(layer.block.experts, "routed_experts", seams.MOE_RUNNER.name)
+    kernel_width = int(seams.attribute(layer.block.experts, "moe_config.hidden_dim", seams.MOE_RUNNER.name))
+    num_experts = int(seams.attribute(routed, "global_num_experts", seams.MOE_RUNNER.name))
+    run = _selecting(layer, routed, num_experts) if routed.quant_method.is_monolithic else _selected(routed)
+
+    def experts(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # Some kernels want their input padded, as vLLM does before it calls them.
+        return run(functional.pad(hidden, (0, kernel_width - width)), ids)[:, :width]
+
+    return experts
+
+
+def _selecting(layer: MoeLayer, routed: Any, num_experts: int) -> _Run:
+    """A kernel that selects by logits: it is given such as leave it no choice, and told to select one."""
+    kernel: Any = seams.attribute(routed, "quant_method.moe_kernel.impl.fused_experts", seams.SELECTING_KERNEL.name)
+    if not isinstance(getattr(kernel, "topk", None), int):
+        raise RefusedError(f"{layer.name}: --softprune-stats: {type(kernel).__name__} is not told how many experts to select")
+
+    def run(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((len(ids), num_experts), -torch.inf, dtype=hidden.dtype, device=hidden.device)
+        logits.scatter_(1, ids[:, None], 0.0)
+        served, kernel.topk = kernel.topk, 1
+        try:
+            output: torch.Tensor = routed.forward_monolithic(x=hidden, router_logits=logits)
+        finally:
+            kernel.topk = served
+        return output
+
+    return run
+
+
+def _selected(routed: Any) -> _Run:
+    """Kernels that are given the selection."""
+
+    def run(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        dtype = routed.quant_method.topk_indices_dtype or torch.int32
+        ones = torch.ones(len(ids), 1, dtype=torch.float32, device=hidden.device)
+        output: torch.Tensor = routed.forward_modular(x=hidden.contiguous(), topk_weights=ones, topk_ids=ids[:, None].to(dtype))
+        return output
+
+    return run
