@@ -268,8 +268,6 @@ def test_prune_again_and_otherwise(models: dict[str, Path], stats: Path, tmp_pat
     assert all("skipped" in text for text in again[:3])
     with pytest.raises(RecipeError, match="--stats: found no statistics; expected statistics files, by which reap ranks"):
         prune(model, tmp_path / "x")
-    with pytest.raises(RecipeError, match="--packs"):
-        prune(model, tmp_path / "x", packs=["a.parquet"])
 
 
 def test_command_line(models: dict[str, Path], stats: Path, tmp_path: Path) -> None:
