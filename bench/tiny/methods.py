@@ -39,9 +39,9 @@ from softprune.errors import SoftpruneError
 from softprune.evaluate.packing import UNION, Blocks, pack_rows, read_rows, union
 from softprune.evaluate.reference import load_reference
 from softprune.evaluate.reference_stats import collect
-from softprune.files import write_whole
+from softprune.files import digest_of_file, write_whole
 from softprune.mask import ExpertMask
-from softprune.ranking.api import model_of_checkpoint, rank, sha256_of
+from softprune.ranking.api import model_of_checkpoint, rank
 from softprune.selection.select import select
 from softprune.server_client import ServerClient
 from softprune.stats import file as stats_file
@@ -235,7 +235,7 @@ def main(
         "settings": {
             "seq_len": CONTEXT, "engine": "vLLM on a CPU, BF16, eager", "scored_rows": f"the first {HALF} of each pack",
             "statistics_rows": f"the rows of each pack after its first {HALF}", "statistics_blocks": STATS_BLOCKS,
-            "statistics_sha256": sha256_of(stats), "rows_sha256": blocks.rows_sha256, "rows_seen": blocks.rows_seen,
+            "statistics_sha256": digest_of_file(stats), "rows_sha256": blocks.rows_sha256, "rows_seen": blocks.rows_seen,
             "methods": {label: {"method": method, **parameters} for label, (method, parameters) in METHODS.items()},
         },
         "completion_tokens": sum(tokens), "tokens_by_block": tokens, "cells": raw, "figures": cells(raw, tokens),

@@ -166,7 +166,8 @@ def test_the_studys_recipe_makes_a_verified_checkpoint(models: dict[str, Path], 
     pinned = json.loads(lock_path(file).read_text())
     assert pinned["model"]["fingerprint"] == model_of_checkpoint(model).fingerprint
     assert pinned["inputs"]["statistics"][0]["sha256"].startswith("sha256:")
-    assert pinned["inputs"]["data_sets"][0]["id"] == "UNION"
+    assert [(one["id"], one["num_hashes"]) for one in pinned["inputs"]["data_sets"]] == [("UNION", 1)]
+    assert "datasets:\n- somebody/packs" in (out / "README.md").read_text()
     assert pinned["inputs"]["sampling"]["prompt_hash"] == "462c003d9956eb2223db203402fbe55b"
     assert pinned["parameters"]["w_conflict"] == -2.0
     assert set(pinned["outputs"]["files"]) == {path.name for path in out.iterdir()} - {"manifest.json"}
