@@ -44,6 +44,11 @@ class Routed:
         ids, gates = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("ids", "gates"))
         return cls(ids, gates, stack([layer.norms for layer in layers]), stack([layer.shadow for layer in layers]))
 
+    def first(self, rows: int) -> Routed:
+        """The first rows of every layer."""
+        tensors = (None if tensor is None else tensor[:, :rows] for tensor in (self.ids, self.gates, self.norms, self.shadow))
+        return Routed(*tensors)  # type: ignore[arg-type]
+
     def to_host(self) -> Routed:
         """Copies on their way to the host, on the current stream."""
         return Routed(*(None if tensor is None else to_host(tensor) for tensor in (self.ids, self.gates, self.norms, self.shadow)))  # type: ignore[arg-type]
