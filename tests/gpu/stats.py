@@ -192,6 +192,8 @@ class Trial:
         vllm = ("--max-model-len", "9000", "--kv-cache-memory-bytes", str(4 << 30), "--gpu-memory-utilization", "0.2")
         args = () if not gpu else ("--max-total-tokens", "80000") if self.engine.name == "sglang" else vllm
         kinds = {"unpatched": (False, ()), "collecting": (True, ("--softprune-stats", "eaft")), "without": (True, ("--softprune-control",))}
+        if self.left < 300:
+            kinds.pop("without")
         return {name: self.start(name, "base", *args, *more, patched=patched) for name, (patched, more) in kinds.items()}
 
     def cost(self, servers: dict[str, Server]) -> None:
@@ -210,9 +212,9 @@ class Trial:
                 ("off", servers["collecting"], None),
                 *((mode, servers["collecting"], mode) for mode in ("router", "reap", "eaft")),
             ]
-        self.result["decode"] = self.turns(rows, self.decode, rounds=4, need=60)
-        self.result["prefill"] = self.turns(rows, self.prefill, rounds=4, need=40)
-        self.result["prefill_logprobs"] = self.turns([rows[0], *rows[-1:]], self.prefill_logprobs, rounds=3, need=30)
+        self.result["decode"] = self.turns(rows, self.decode, rounds=4, need=45)
+        self.result["prefill"] = self.turns(rows, self.prefill, rounds=3, need=25)
+        self.result["prefill_logprobs"] = self.turns([rows[0], *rows[-1:]], self.prefill_logprobs, rounds=3, need=12)
         if "collecting" in servers and self.left > 60:
             self.result["memory"] = self.growth(servers["collecting"])
 
