@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -16,13 +17,16 @@ from typing import TypeVar
 from softprune.checkpoint.plan import Copied, Filled, Piece
 from softprune.errors import CheckpointError, SoftpruneError
 
-BUFFER_BYTES = 1 << 20
-"""Bytes that a worker holds. It stays in a core's own cache between being read, hashed and written."""
+BUFFER_BYTES = 4 << 20
+"""Bytes that a worker holds."""
+
+AHEAD = 8
+"""Buffers' worth of bytes that the disk is asked for before they are needed."""
 
 WORKERS = min(4, os.cpu_count() or 1)
 """Files handled at a time unless told otherwise: SHA-256 takes a core each."""
 
-REPORT_BYTES = 16 * BUFFER_BYTES
+REPORT_BYTES = 4 * BUFFER_BYTES
 """Bytes between two reports of progress."""
 
 Report = Callable[[int], None]
@@ -55,7 +59,7 @@ def write_pieces(path: Path, head: bytes, pieces: Iterable[Piece], report: Repor
     try:
         with open(path, "xb", buffering=0) as file:
             _write(file.fileno(), head)
-            for chunk in _chunks(merged(pieces)):
+            for chunk in _chunks(pieces):
                 if stop.is_set():
                     raise Stopped
                 digest.update(chunk)
@@ -138,13 +142,42 @@ def in_parallel(
 
 def _chunks(pieces: Iterable[Piece]) -> Iterator[memoryview]:
     buffer = bytearray(BUFFER_BYTES)
-    for piece in pieces:
+    for piece in _asked_for(_blocks(merged(pieces))):
         if isinstance(piece, Copied):
             yield from read_ranges(piece.file, piece.start, piece.num_bytes, buffer)
         else:
             fill = memoryview(piece.pattern * (min(BUFFER_BYTES, piece.num_bytes) // len(piece.pattern)))
             for start in range(0, piece.num_bytes, len(fill)):
                 yield fill[: piece.num_bytes - start]
+
+
+def _blocks(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same bytes in pieces of a buffer's size at most."""
+    for piece in pieces:
+        if isinstance(piece, Filled):
+            yield piece
+        else:
+            for done in range(0, piece.num_bytes, BUFFER_BYTES):
+                yield Copied(piece.file, piece.start + done, min(BUFFER_BYTES, piece.num_bytes - done))
+
+
+def _asked_for(blocks: Iterable[Piece]) -> Iterator[Piece]:
+    """The blocks, each asked of the disk `AHEAD` blocks early: experts lie apart, so the kernel does not foresee which comes next."""
+    waiting: deque[Piece] = deque()
+    files: dict[Path, int] = {}
+    try:
+        for block in blocks:
+            if isinstance(block, Copied):
+                if block.file not in files:
+                    files[block.file] = os.open(block.file, os.O_RDONLY)
+                os.posix_fadvise(files[block.file], block.start, block.num_bytes, os.POSIX_FADV_WILLNEED)
+            waiting.append(block)
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        for handle in files.values():
+            os.close(handle)
 
 
 def _write(handle: int, data: bytes | memoryview) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import softprune
+from softprune.bench.hollow import hollow_checkpoint
 from softprune.bench.tiny.weights import TRAINED
 from softprune.checkpoint.families import family_of, read_config, spec_of
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
@@ -26,7 +27,6 @@ from softprune.evaluate.reference import load_reference
 from softprune.mask import ExpertMask
 from softprune.mask_forms import build, convert
 from tests.conftest import random_mask, saved
-from tests.hollow import hollow_checkpoint
 from tests.slicing import slice_checkpoint
 
 NAMES = ["trained", "gpt-oss", "gpt-oss-mxfp4", "qwen3-moe", "mixtral"]
