@@ -3,7 +3,8 @@
     python -m softprune.bench.rewrite WORK_DIR [--repeats 3] [--record]
 
 Both sides end in fsync and are measured in turn, in one run, with what they read in the page cache and with it dropped. Needs 40 GB
-in WORK_DIR. `--record` writes bench/results/rewrite.json, rewrite.svg and the headline figures.
+in WORK_DIR. `--record` writes bench/results/rewrite.json, rewrite.svg and the headline figures. Run by root, both sides get priority over
+what else the machine does; times of a busy machine say little otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -47,6 +49,9 @@ def main(
     record: Annotated[bool, typer.Option(help="Write the files under bench/results.")] = False,
 ) -> None:
     """Measure, print and perhaps record."""
+    if os.geteuid() == 0:
+        os.nice(-15)
+        Path("/proc/self/autogroup").write_text("-15")
     document = measure(work, repeats)
     typer.echo(json.dumps(document["summary"], indent=1))
     if record:
@@ -90,7 +95,8 @@ def measure(work: Path, repeats: int) -> dict[str, Any]:
     large = hollow_checkpoint("gpt-oss-120b", work / "120b")
     document = {
         "what": "softprune.bench.rewrite", "date": datetime.date.today().isoformat(), "python": platform.python_version(),
-        "cores": os.cpu_count(), "preset": PRESET, "keep": KEEP, "bytes": plan.bytes_written, "pairs": pairs, "growth": growth,
+        "cores": os.cpu_count(), "nice": os.nice(0), "preset": PRESET, "keep": KEEP, "bytes": plan.bytes_written, "pairs": pairs,
+        "growth": growth,
         "plan_120b": describe(plan_rewrite(large, random_mask(large, 64))),
     }  # fmt: skip
     shutil.rmtree(large)
@@ -114,12 +120,19 @@ def once(source: Path, mask: Path, out: Path, limit: int = MAX_SHARD_BYTES, laye
 
 def copy(source: Path, out: Path) -> dict[str, Any]:
     """`cp -r`, and fsync of every file."""
-    begun = time.monotonic()
+    begun, used = time.monotonic(), time.process_time() + _children()
     subprocess.run(["cp", "-r", str(source), str(out)], check=True)
     for file in out.iterdir():
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
-    return {"seconds": time.monotonic() - begun, "bytes": sum(file.stat().st_size for file in out.iterdir())}
+    seconds, used = time.monotonic() - begun, time.process_time() + _children() - used
+    return {"seconds": seconds, "cpu_seconds": used, "bytes": sum(file.stat().st_size for file in out.iterdir())}
+
+
+def _children() -> float:
+    """CPU seconds of ended child processes."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def drop(folder: Path) -> None:
