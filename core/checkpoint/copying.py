@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -16,13 +17,19 @@ from typing import TypeVar
 from softprune.checkpoint.plan import Copied, Filled, Piece
 from softprune.errors import CheckpointError, SoftpruneError
 
-BUFFER_BYTES = 1 << 20
-"""Bytes that a worker holds. It stays in a core's own cache between being read, hashed and written."""
+BUFFER_BYTES = 512 << 10
+"""Bytes that a worker holds; half a core's second-level cache, so that they are hashed and written from there."""
+
+AHEAD = 32
+"""Buffers' worth of bytes that the disk is asked for before they are needed."""
+
+FLUSH_BYTES, FLUSH_LAG = 16 << 20, 16
+"""Bytes after which the disk is set to work, and how many such rounds it gets before they leave the page cache."""
 
 WORKERS = min(4, os.cpu_count() or 1)
 """Files handled at a time unless told otherwise: SHA-256 takes a core each."""
 
-REPORT_BYTES = 16 * BUFFER_BYTES
+REPORT_BYTES = 32 * BUFFER_BYTES
 """Bytes between two reports of progress."""
 
 Report = Callable[[int], None]
@@ -51,16 +58,18 @@ def write_pieces(path: Path, head: bytes, pieces: Iterable[Piece], report: Repor
         Stopped: `stop` was set.
     """
     digest = hashlib.sha256(head)
-    since = 0
+    since, written = 0, len(head)
     try:
         with open(path, "xb", buffering=0) as file:
             _write(file.fileno(), head)
-            for chunk in _chunks(merged(pieces)):
+            for chunk in _chunks(pieces):
                 if stop.is_set():
                     raise Stopped
                 digest.update(chunk)
                 _write(file.fileno(), chunk)
-                since += len(chunk)
+                since, written = since + len(chunk), written + len(chunk)
+                if written // FLUSH_BYTES > (written - len(chunk)) // FLUSH_BYTES:
+                    _flush(file.fileno(), written)
                 if since >= REPORT_BYTES:
                     report(since)
                     since = 0
@@ -138,13 +147,54 @@ def in_parallel(
 
 def _chunks(pieces: Iterable[Piece]) -> Iterator[memoryview]:
     buffer = bytearray(BUFFER_BYTES)
-    for piece in pieces:
+    for piece in _asked_for(_blocks(merged(pieces))):
         if isinstance(piece, Copied):
             yield from read_ranges(piece.file, piece.start, piece.num_bytes, buffer)
         else:
             fill = memoryview(piece.pattern * (min(BUFFER_BYTES, piece.num_bytes) // len(piece.pattern)))
             for start in range(0, piece.num_bytes, len(fill)):
                 yield fill[: piece.num_bytes - start]
+
+
+def _flush(handle: int, written: int) -> None:
+    """Start to write the last `FLUSH_BYTES` to the disk, and drop what was started some time ago from the page cache.
+
+    A checkpoint fills the page cache: without this, writers spend their time on finding free pages (the 20B shape to 24 experts with
+    24 GiB of memory: 15.2 s instead of 7.6), and the source, or what a server beside has cached, is pushed out.
+    """
+    begin = written // FLUSH_BYTES * FLUSH_BYTES - FLUSH_BYTES
+    for start in (begin, begin - FLUSH_LAG * FLUSH_BYTES):
+        if start >= 0:
+            os.posix_fadvise(handle, start, FLUSH_BYTES, os.POSIX_FADV_DONTNEED)
+
+
+def _blocks(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same bytes in pieces of a buffer's size at most."""
+    for piece in pieces:
+        if isinstance(piece, Filled):
+            yield piece
+        else:
+            for done in range(0, piece.num_bytes, BUFFER_BYTES):
+                yield Copied(piece.file, piece.start + done, min(BUFFER_BYTES, piece.num_bytes - done))
+
+
+def _asked_for(blocks: Iterable[Piece]) -> Iterator[Piece]:
+    """The blocks, each asked of the disk `AHEAD` blocks early: experts lie apart, so the kernel does not foresee which comes next."""
+    waiting: deque[Piece] = deque()
+    files: dict[Path, int] = {}
+    try:
+        for block in blocks:
+            if isinstance(block, Copied):
+                if block.file not in files:
+                    files[block.file] = os.open(block.file, os.O_RDONLY)
+                os.posix_fadvise(files[block.file], block.start, block.num_bytes, os.POSIX_FADV_WILLNEED)
+            waiting.append(block)
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        for handle in files.values():
+            os.close(handle)
 
 
 def _write(handle: int, data: bytes | memoryview) -> None:

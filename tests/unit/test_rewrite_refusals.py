@@ -197,7 +197,7 @@ def test_masks_that_do_not_fit(models: dict[str, Path], tmp_path: Path, mask: Ex
             qwen,
             uneven(qwen),
             {},
-            "keep: found 4 to 7 experts kept; expected one number for all layers, as config.json has for num_experts$",
+            "keep: found 4 to 7 .* one number for all layers, as config.json has for num_experts$",
         ),
         (qwen, uneven(qwen), {"pad_to": 8}, "--pad-to: found 8; expected none for qwen3-moe: its routers have no bias"),
         (TRAINED, mask, {"pad_to": 23}, "--pad-to: found 23; expected from 24"),
@@ -300,9 +300,8 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, mask: ExpertMask) -> None:
     path = saved(mask, tmp_path / "mask.json")
     code = KILLED.replace("time.sleep(600)", "time.sleep(0.2)").replace("import sys, time", "import signal, sys, time")
     code = code.replace("source, mask_file", "signal.signal(signal.SIGINT, signal.default_int_handler)\nsource, mask_file", 1)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(TRAINED), path, str(tmp_path / "out"), "model-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    command = [sys.executable, "-c", code, str(TRAINED), path, str(tmp_path / "out"), "model-"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
     begun = time.monotonic()
