@@ -135,21 +135,25 @@ class ServerClient:
         """
         return self._object("DELETE" if reset else "GET", "/routes" + ("?trace=1" if trace else ""))
 
-    def start_stats(self, mode: str = "router", sample: int | None = None, attribution: str | None = None) -> dict[str, Any]:
+    def start_stats(
+        self, mode: str = "router", sample: int | None = None, attribution: str | None = None, shadow: bool = False
+    ) -> dict[str, Any]:
         """Begin to collect statistics.
 
         Args:
             mode: "router", "reap" or "eaft".
             sample: N to sample 1 token in N; None leaves it to the server.
             attribution: of "eaft", "predictor" or "target"; None leaves it to the server.
+            shadow: also count what the router would choose without a mask, of sampled tokens.
 
         Returns:
             Statistics' state, as in `status()["statistics"]`.
 
         Raises:
-            ServerCallError: 409 statistics_are_off, unless the server runs with --softprune-stats; 409 already_collecting.
+            ServerCallError: 409 statistics_are_off or mode_is_off, unless the server runs with --softprune-stats and at least this mode;
+                409 already_collecting, or sampled_otherwise than what is kept.
         """
-        asked = {"mode": mode, "sample": sample, "attribution": attribution}
+        asked = {"mode": mode, "sample": sample, "attribution": attribution, "shadow": shadow or None}
         given = {name: value for name, value in asked.items() if value is not None}
         return self._object("POST", "/stats/start", json.dumps(given).encode())
 

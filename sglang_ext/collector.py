@@ -90,7 +90,7 @@ def spans(batch: Any, collector: Collector) -> list[Span]:
     """
     mode = batch.forward_mode
     if mode.is_decode():
-        return [Span(_tag(request, collector, 0), 0, 0, 1, _drawing_from(request), request.rid) for request in batch.reqs]
+        return [_decoding(request, collector) for request in batch.reqs]
     if not mode.is_extend():
         return []
     return [_span(request, collector, *place) for request, *place in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)]
@@ -100,20 +100,22 @@ def _span(request: Any, collector: Collector, first: int, rows: int) -> Span:
     prompt = len(request.origin_input_ids)
     completions = collector.completions((request.sampling_params.custom_params or {}).get(SPANS_KEY))
     answered = len(request.output_ids)
-    setattr(request, _DRAWN, answered)
-    known = max(prompt + answered, _drawing_from(request))
+    setattr(request, _DRAWN, answered + 1)
+    known = prompt + answered if answered < request.sampling_params.max_new_tokens else sys.maxsize
     return Span(_tag(request, collector, first), prompt, first, rows, known, request.rid, completions)
 
 
-def _drawing_from(request: Any) -> int:
-    """0, or more than any request has tokens if what is drawn is no token of its answer any more; see `Span.known`.
+def _decoding(request: Any, collector: Collector) -> Span:
+    """The row of a request that decodes.
 
-    SGLang launches a step before it knows the token of the last one, so a request may be in a step after its end; of the longest
-    answer that was asked for, that is known here.
+    SGLang launches a step before it knows the token of the last one, so a request may be in a step after its end, whose token is thrown
+    away; of the longest answer that was asked for, that is known here.
     """
+    prompt = len(request.origin_input_ids)
     drawn: int = getattr(request, _DRAWN, len(request.output_ids))
     setattr(request, _DRAWN, drawn + 1)
-    return 0 if drawn < request.sampling_params.max_new_tokens else sys.maxsize
+    known = 0 if drawn < request.sampling_params.max_new_tokens else sys.maxsize
+    return Span(_tag(request, collector, 0), prompt, prompt + drawn - 1, 1, known, request.rid)
 
 
 def keep_within(sampler: Sampler) -> None:

@@ -136,6 +136,7 @@ class Collector:
         self._most = mode
         self._running: _Running | None = None
         self._settings: Settings | None = None
+        self._sampled: Settings | None = None
         self._quiet = False
         self._kept: dict[str | None, _Counted] = {}
         self._missed = 0
@@ -322,8 +323,8 @@ class Collector:
             needed = f"--softprune-stats {mode if mode != 'router' else 'reap'}"
             found = f"mode {mode}{' with shadow counts' if wanted.shadow else ''} on a server started with --softprune-stats {self._most}"
             raise ControlError(409, "mode_is_off", f"found {found}; expected one started with {needed}")
-        kept = self._settings
-        if self._kept and kept is not None and kept.samples and wanted.samples:
+        kept = self._sampled
+        if self._kept and kept is not None and wanted.samples:
             for name in ("sample", "attribution"):
                 if getattr(kept, name) != getattr(wanted, name):
                     message = (
@@ -331,6 +332,8 @@ class Collector:
                     )
                     raise ControlError(409, "sampled_otherwise", message)
         self._settings = wanted
+        if wanted.samples:
+            self._sampled = wanted
         self._begin()
         return self.status()
 
@@ -346,7 +349,10 @@ class Collector:
             self.sampler.reset()
         self._kept.clear()
         self._missed = 0
+        self._sampled = None
         if self._running is not None:
+            if self._running.settings.samples:
+                self._sampled = self._running.settings
             self._begin()
         return self.status()
 
@@ -415,8 +421,7 @@ class Collector:
         modes: list[Mode] = [mode for mode in MODES if any(mode in run.modes for run in counted.runs)]
         sampled: set[Sampled] = {name for run in counted.runs for name in run.sampled}
         tensors = {name: values[: len(names)] for name, values in router_tensors(sums).items()}
-        settings = self._settings
-        assert settings is not None
+        settings = self._sampled or Settings()
         if self.sampler is not None and sampled:
             kept = self.sampler.sums(mask).tensors(len(names), reap="reap" in modes, shadow="shadow" in sampled)
             tensors |= {name: values for name, values in kept.items() if "eaft" in modes or not name.startswith("eaft.")}

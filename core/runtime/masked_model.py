@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -84,10 +84,16 @@ class MaskedModel:
         Raises:
             RefusedError: it does not.
         """
+        with self._probe_off():
+            self.routers.verify(self.hidden_size, self._dtype)
+
+    @contextmanager
+    def _probe_off(self) -> Iterator[None]:
+        """Routers that run within the block select nothing that the engine does."""
         if self.probe is not None:
             self.probe.enabled = False
         try:
-            self.routers.verify(self.hidden_size, self._dtype)
+            yield
         finally:
             if self.probe is not None:
                 self.probe.enabled = True
@@ -129,7 +135,7 @@ class MaskedModel:
                 return experts(layer, hidden, ids)
 
         def route(layer: int, hidden: torch.Tensor) -> torch.Tensor:
-            with context():
+            with context(), self._probe_off():
                 return routers.routers[layer].forward(hidden)
 
         self.collector.connect(run, route, routers.unmasked)

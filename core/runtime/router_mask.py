@@ -88,8 +88,10 @@ class RouterMask:
         with torch.no_grad():
             now = bias.clone()
             bias.copy_(self.loaded[layer])
-            yield
-            bias.copy_(now)
+            try:
+                yield
+            finally:
+                bias.copy_(now)
 
     @torch.no_grad()
     def verify(self, hidden: int, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from softprune.runtime.sample_slab import SampleSlab
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
 def _take(
     hidden, logits, kept_hidden, kept_logits, source, target, num_rows, stride_hidden, stride_logits,
     WIDTH: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, EXPERTS_BLOCK: tl.constexpr,

@@ -7,8 +7,9 @@ them within each layer instead. The host adds up what arrived while the device g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from softprune.runtime.expert_norms import Experts, Routed, routed
-from softprune.runtime.sample_slab import STEP_ROWS, SampleSlab
+from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS, SampleSlab
 from softprune.runtime.sampled_sums import SampledSums
 from softprune.runtime.sampling import Sampling
 from softprune.runtime.token_records import Fetched, TokenRecords
@@ -71,6 +72,11 @@ class _Step:
     spans: Sequence[Span] | None = None
     records: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
+    @functools.cached_property
+    def completions(self) -> NDArray[np.int64]:
+        """Of each row, its tag if the token that it predicts is of a completion, else -1; asked for once for each request."""
+        return _tags_of_completions(self.spans or ())
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -120,25 +126,42 @@ class Sampler:
         self._shape = num_tags, num_layers, num_experts, eaft
         self._top_k = top_k
         self._slab = SampleSlab(num_layers, num_experts, hidden_size, device, dtype)
-        self._records = TokenRecords(max_rows + _WAITING_TOKENS, device)
+        self._records = TokenRecords(2 * max_rows + _WAITING_TOKENS, device)  # a row may be scored as given, not to count, and as drawn
         self._sums: dict[str | None, SampledSums] = {}
         self._sampling = Sampling(1)
         self._mask: str | None = None
         self._step: _Step | None = None
         self._inline: torch.Tensor | None = None
         self._under_way = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured: Routed | None = None
+        self._graph_bytes = 0
         self._waiting: list[_Rows] = []
         self._measured: list[tuple[Routed, _Rows]] = []
         self._token_tags: list[NDArray[np.int64]] = []
         self._token_kinds: list[NDArray[np.int64]] = []
         self._queue: list[_Batch] = []
         self._before = Fetched(0, torch.zeros(0, 3)), np.empty(0, np.int64)
-        self._last: dict[str, int] = {}
+        self._last: dict[str, tuple[int, int]] = {}
+        self._started = False
 
     @property
     def num_bytes(self) -> int:
-        """Of device memory."""
-        return self._slab.num_bytes + self._records.num_bytes
+        """Of device memory, what the captured graph works in included."""
+        return self._slab.num_bytes + self._records.num_bytes + self._graph_bytes
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture what is done with a full slab, on a GPU: launched kernel by kernel, the engine's experts cost the host 2 ms a layer."""
+        if not self._slab.hidden.is_cuda or self.experts is None or self._graph is not None:
+            return
+        self._route_slab(SLAB_ROWS, self.experts, shadow=False)  # compiles
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._captured = self._route_slab(SLAB_ROWS, self.experts, shadow=False)
+        self._graph, self._graph_bytes = graph, torch.cuda.memory_reserved() - before
 
     @property
     def measures_within(self) -> bool:
@@ -147,8 +170,9 @@ class Sampler:
 
     def start(self, settings: Settings, mask: str | None) -> None:
         """Sample from the next step on; sums go to those of a mask."""
-        self.settings, self._mask = settings, mask
+        self.settings, self._mask, self._started = settings, mask, True
         self._sampling = Sampling(settings.sample)
+        self._last.clear()  # predictions under another mask
 
     @torch.inference_mode()
     def stop(self) -> None:
@@ -164,7 +188,7 @@ class Sampler:
         self._end_step()
         self._send()
         self._add_arrived(0)
-        return self._sums.setdefault(mask, SampledSums(*self._shape))
+        return self._sums_under(mask)
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -183,12 +207,12 @@ class Sampler:
             rows: of the step, padding left out.
             captured: it may run as a captured graph, which keeps STEP_ROWS rows at most.
         """
-        if self.settings is None:
+        if self.settings is None or not self.settings.samples:
             return
         self._end_step()
         if self._slab.is_full or self._records.used > _WAITING_TOKENS:
             self._send()
-        found = self._sampling.of(rows) if self.settings.samples else np.empty(0, np.int64)
+        found = self._sampling.of(rows)
         if captured and len(found) > STEP_ROWS:
             self.lost += len(found) - STEP_ROWS
             found = self._sampling.some(found, STEP_ROWS)
@@ -215,7 +239,9 @@ class Sampler:
         if _capturing(hidden):
             self._slab.take(layer, hidden, logits)
         elif not self._under_way or step is None:
-            return  # no step, but a check of the routers or a warm-up
+            # No step, but a check of the routers or a warm-up, in which the kernel is compiled: within a capture it is too late.
+            if hidden.is_cuda and not self._started:
+                self._slab.take(layer, hidden, logits)
         elif self._inline is None or step.layers is None:
             self._slab.take(layer, hidden, logits)
         else:
@@ -260,7 +286,7 @@ class Sampler:
         step = self._step
         if not self.scores or step is None or step.spans is None or not len(rows):
             return
-        tags = np.where(rows < 0, -1, _tags_of_completions(step.spans)[rows])
+        tags = np.where(rows < 0, -1, step.completions[rows])
         if (tags >= 0).any():
             self._record(step, rows, tags, TEACHER_FORCED, token_scores(logits, tokens))
 
@@ -289,6 +315,8 @@ class Sampler:
         if step is None:
             return
         rows = self._rows_of(step)
+        if not len(step.rows):
+            return  # a list that grew with every step would never end
         if step.layers is None:
             self._waiting.append(rows)
         elif len(step.layers) == self._shape[1]:
@@ -314,9 +342,11 @@ class Sampler:
         shifted, row = np.roll(records, 1), 0
         for span in spans:
             if span.rows:
-                shifted[row] = self._last.pop(span.request, -1)
+                # What was computed so far may have been thrown away, and be computed again from an earlier token on.
+                next_token, record = self._last.pop(span.request, (-1, -1))
+                shifted[row] = record if next_token == span.first else -1
                 row += span.rows
-                self._last[span.request] = int(records[row - 1])
+                self._last[span.request] = span.first + span.rows, int(records[row - 1])
         while len(self._last) > _REMEMBERED:
             self._last.pop(next(iter(self._last)))
         return shifted
@@ -325,22 +355,39 @@ class Sampler:
         settings = self.settings
         assert settings is not None
         found = routed(layer, hidden, logits, self._top_k, self.experts if settings.mode != "router" else None)
-        if not settings.shadow or self.unmasked is None:
-            return found
-        unmasked = self.unmasked(layer, hidden).float()
-        return Routed(found.ids, found.gates, found.norms, routed(layer, hidden, unmasked, self._top_k, None).ids)
+        return replace(found, shadow=self._shadow(layer, hidden)) if settings.shadow else found
+
+    def _shadow(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """int16 [n, top_k], what the router would choose without a mask."""
+        assert self.unmasked is not None
+        return routed(layer, hidden, self.unmasked(layer, hidden), self._top_k, None).ids
+
+    def _route_slab(self, rows: int, experts: Experts | None, shadow: bool) -> Routed:
+        """What the first rows of the slab were routed to, in all layers."""
+        layers = range(self._shape[1])
+        hidden, logits = self._slab.hidden[:, :rows], self._slab.logits[:, :rows]
+        found = Routed.stacked([routed(layer, hidden[layer], logits[layer], self._top_k, experts) for layer in layers])
+        return replace(found, shadow=torch.stack([self._shadow(layer, hidden[layer]) for layer in layers])) if shadow else found
+
+    def _measure_slab(self) -> Routed:
+        """`_route_slab` of the rows in use, by the captured graph where there is one."""
+        used, settings = self._slab.used, self.settings
+        assert settings is not None
+        if self._graph is None or self._captured is None or settings.mode == "router":
+            return self._route_slab(used, self.experts if settings.mode != "router" else None, settings.shadow)
+        self._graph.replay()
+        found = self._captured.first(used)
+        if settings.shadow:
+            found = replace(found, shadow=self._route_slab(used, None, shadow=True).shadow)
+        return found
 
     def _send(self) -> None:
         """Measure what waits in the slab, send everything to the host, and add up what came with the send before."""
         if self.settings is None:
             return
         if self._slab.used:
-            used = self._slab.used
-            layers = [
-                self._routed(layer, self._slab.hidden[layer, :used], self._slab.logits[layer, :used]) for layer in range(self._shape[1])
-            ]
             together = [np.concatenate([getattr(rows, name) for rows in self._waiting]) for name in ("tags", "records")]
-            self._measured.append((Routed.stacked(layers), _Rows(*together)))
+            self._measured.append((self._measure_slab(), _Rows(*together)))
             self._slab.clear()
             self._waiting = []
         if not self._measured and not self._records.used:
@@ -353,9 +400,14 @@ class Sampler:
             event.record()
         empty = [np.empty(0, np.int64)]
         tags, kinds = np.concatenate(empty + self._token_tags), np.concatenate(empty + self._token_kinds)
-        self._queue.append(_Batch(self._sums.setdefault(self._mask, SampledSums(*self._shape)), sent, tokens, tags, kinds, event))
+        self._queue.append(_Batch(self._sums_under(self._mask), sent, tokens, tags, kinds, event))
         self._measured, self._token_tags, self._token_kinds = [], [], []
         self._add_arrived(1)
+
+    def _sums_under(self, mask: str | None) -> SampledSums:
+        if mask not in self._sums:
+            self._sums[mask] = SampledSums(*self._shape)
+        return self._sums[mask]
 
     def _add_arrived(self, leave: int) -> None:
         """Add up what was sent, but for the last `leave` batches; waits for their arrival."""
@@ -372,7 +424,7 @@ class Sampler:
                     tokens.look_up(rows.records, scores)
                     here = (rows.records >= tokens.first) & (rows.records < tokens.first + len(tokens.values))
                     kinds[here] = of_token[rows.records[here] - tokens.first]
-                batch.sums.add_rows(found, rows.tags, kinds, scores)
+                self.lost += batch.sums.add_rows(found, rows.tags, kinds, scores)
             self._before = batch.tokens, batch.token_kinds
 
 

@@ -25,7 +25,7 @@ def completions_of(text: Any) -> Spans | None:
     if text is None:
         return None
     try:
-        pairs = [tuple(int(end) for end in pair.split("-")) for pair in text.split(",")] if text else []
+        pairs = [tuple(int(end) for end in pair.split("-")) for pair in text.split(",")] if text != "" else []
         places = [place for begin, end in pairs for place in (begin, end)]
         if sorted(places) != places or any(begin >= end for begin, end in pairs):
             raise ValueError

@@ -37,7 +37,7 @@ class ModeName(str, Enum):
     eaft = "eaft"
 
 
-Url = Annotated[str, typer.Option(help="The server, e.g. http://127.0.0.1:30000; started with --softprune-stats router.")]
+Url = Annotated[str, typer.Option(help="The server, e.g. http://127.0.0.1:30000; started with --softprune-stats.")]
 Key = Annotated[str | None, typer.Option(help="softprune's key; else SOFTPRUNE_KEY, else the one that a server on this machine left.")]
 EngineKey = Annotated[str | None, typer.Option(envvar=ENGINE_KEY_ENV, help="The engine's own API key, if it was started with one.")]
 Mode = Annotated[ModeName, typer.Option(help="What to collect.")]
@@ -53,11 +53,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @stats_app.command("start")
 def stats_start(
-    url: Url, mode: Mode = ModeName.router, sample: Sample = None, attribution: Attribute = None, key: Key = None,
+    url: Url,
+    mode: Mode = ModeName.router,
+    sample: Sample = None,
+    shadow: Annotated[
+        str | None, typer.Option(metavar="1/N", help="Also count what the router would choose without its mask, for 1 token in N.")
+    ] = None,
+    attribution: Attribute = None,
+    key: Key = None,
     engine_key: EngineKey = None,
-) -> None:  # fmt: skip
+) -> None:
     """Begin to collect on a running server."""
-    _tell(url, ServerClient(url, key, engine_key=engine_key).start_stats(mode.value, _one_in(sample), attribution))
+    every, shadowed = _one_in(sample), _one_in(shadow, "--shadow")
+    if shadowed is not None and every not in (None, shadowed):
+        raise InputError("--shadow", "", f"1/{shadowed}", f"1/{every}, as --sample: the same tokens are sampled for both")
+    client = ServerClient(url, key, engine_key=engine_key)
+    _tell(url, client.start_stats(mode.value, every or shadowed, attribution, shadowed is not None))
 
 
 @stats_app.command("stop")
@@ -208,7 +219,7 @@ def _tell(url: str, state: dict[str, Any]) -> None:
     console.print(text, soft_wrap=True, markup=False)
 
 
-def _one_in(sample: str | None) -> int | None:
+def _one_in(sample: str | None, flag: str = "--sample") -> int | None:
     """N of "1/N".
 
     Raises:
@@ -218,7 +229,7 @@ def _one_in(sample: str | None) -> int | None:
         return None
     one, _, number = sample.partition("/")
     if one != "1" or not (number.isascii() and number.isdigit()) or not 0 < int(number) < 2**31:
-        raise InputError("--sample", "", shortened(sample), "1/N, e.g. 1/16")
+        raise InputError(flag, "", shortened(sample), "1/N, e.g. 1/16")
     return int(number)
 
 

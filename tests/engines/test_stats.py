@@ -1,8 +1,9 @@
-"""Router statistics of live traffic, in a real vLLM and a real SGLang on the CPU.
+"""Statistics of live traffic, in a real vLLM and a real SGLang on the CPU.
 
 Run alone: pytest tests/engines/test_stats.py
 Prompts of known lengths under two tags and under none, with a mask switch in between: in every layer, selections are tokens times top_k,
-for each tag, phase and mask, and all of them together are what the route probe counted.
+for each tag, phase and mask, and all of them together are what the route probe counted. `reap` and `eaft` count the same tokens, and what
+they say of tokens' probabilities is what the server itself answers.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from softprune.bench.server import Server
 from softprune.bench.tiny.weights import HERE as TINY
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerClient
+from softprune.stats.collect_packs import load
 from softprune.stats.file import Statistics, read
 from softprune.stats.summary import complete
 from tests.conftest import random_mask, random_prompts
@@ -36,7 +38,7 @@ from tests.engines.sglang_harness import generation
 from tests.engines.sglang_harness import start as start_sglang
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
-FLAGS = ["--softprune-stats", "router", "--softprune-max-tags", "4", "--softprune-debug-routes"]
+FLAGS = ["--softprune-stats", "eaft", "--softprune-max-tags", "4", "--softprune-debug-routes"]
 CHUNK = 64
 LONG = 1600
 """Tokens of an answer that is still being generated when three switches are over, also on a machine with other things to do."""
@@ -60,6 +62,10 @@ class Engine(ABC):
     @abstractmethod
     def body(self, prompt: list[int], tokens: int, tag: Any = None, **more: Any) -> tuple[str, dict[str, Any]]:
         """Path and body of a call that generates; its tag stands where the engine hands it on."""
+
+    @abstractmethod
+    def scored(self, prompt: list[int], tokens: int, tag: str, spans: str | None = None) -> tuple[list[float], list[float]]:
+        """Generate, and ask for log-probabilities: of the prompt's tokens from the second one on, and of the answer's."""
 
     @abstractmethod
     def cached(self, answer: Any) -> int:
@@ -90,6 +96,14 @@ class Vllm(Engine):
         body = {"model": self.server.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}  # type: ignore[attr-defined]
         return "/v1/completions", {**body, **({} if tag is None else {"vllm_xargs": {"softprune_tag": tag}})}
 
+    def scored(self, prompt: list[int], tokens: int, tag: str, spans: str | None = None) -> tuple[list[float], list[float]]:
+        given = {"softprune_tag": tag, **({} if spans is None else {"softprune_spans": spans})}
+        status, answer = self.ask(prompt, tokens, prompt_logprobs=0, logprobs=0, vllm_xargs=given)
+        assert status == 200, answer
+        choice = answer["choices"][0]
+        asked = [entry[str(token)]["logprob"] for token, entry in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)]
+        return asked, choice["logprobs"]["token_logprobs"]
+
     def cached(self, answer: Any) -> int:
         return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
 
@@ -103,6 +117,15 @@ class Sglang(Engine):
         if tag is not None:
             body["sampling_params"]["custom_params"] = {"softprune_tag": tag}
         return "/generate", body
+
+    def scored(self, prompt: list[int], tokens: int, tag: str, spans: str | None = None) -> tuple[list[float], list[float]]:
+        sampling = generation(prompt, tokens)["sampling_params"]
+        given = {"softprune_tag": tag, **({} if spans is None else {"softprune_spans": spans})}
+        more = {"sampling_params": {**sampling, "custom_params": given}, "return_logprob": True, "logprob_start_len": 0}
+        status, answer = self.ask(prompt, tokens, **more)
+        assert status == 200, answer
+        asked, drawn = (answer["meta_info"][f"{part}_token_logprobs"] for part in ("input", "output"))
+        return [entry[0] for entry in asked[1:]], [entry[0] for entry in drawn]
 
     def cached(self, answer: Any) -> int:
         return int(answer["meta_info"]["cached_tokens"])
@@ -131,8 +154,8 @@ def test_before_a_start_there_is_nothing(engine: Engine) -> None:
     for method, path, body, expected in (
         ("GET", "/stats", None, (404, "never_started")),
         ("POST", "/stats/stop", None, (409, "not_collecting")),
-        ("POST", "/stats/start", {"mode": "reap"}, (400, "mode_not_yet")),
-        ("POST", "/stats/start", {"mode": "eaft"}, (400, "mode_not_yet")),
+        ("POST", "/stats/start", {"mode": "reap", "sample": 0}, (400, "invalid_mode")),
+        ("POST", "/stats/start", {"mode": "eaft", "attribution": "both"}, (400, "invalid_mode")),
         ("POST", "/stats/start", {"mode": "other"}, (400, "invalid_mode")),
         ("POST", "/stats/start", None, (400, "invalid_mode")),
     ):
@@ -242,6 +265,76 @@ def _routed(engine: Engine) -> int:
     return sum(count["prefill"] + count["decode"] for one in tokens for count in one["tokens"].values())
 
 
+def test_reap_and_eaft_in_one_pass(engine: Engine, tmp_path: Path) -> None:
+    """With all tokens sampled: REAP's counts are the router's, and the plane holds each token that counts once, by tag and kind."""
+    engine.client.reset_stats()
+    assert engine.client.start_stats("eaft", sample=1)["mode"] == "eaft"
+    spans = {"chat": "1-40,77-150", "code": None}
+    jobs = [("chat", 150, 6), ("code", 70, 1), ("chat", 151, 9), ("code", 33, 12), ("code", 128, 3)]
+    prompts = random_prompts(len(jobs), 160, seed=900)
+
+    def one(i: int) -> tuple[str, list[float], list[float]]:
+        tag, length, tokens = jobs[i]
+        asked, drawn = engine.scored(prompts[i][:length], tokens, tag, spans[tag])
+        counted = asked[0:39] + asked[76:149] if tag == "chat" else asked
+        return tag, counted, drawn
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        found = list(pool.map(one, range(len(jobs))))
+    status, answer = engine.ask(random_prompts(1, 50, seed=950)[0], 4, "chat")  # nobody asks for its prompt's probabilities
+    assert status == 200, answer
+    file = engine.fetch(tmp_path, "none")
+    assert engine.client.stop_stats()["lost_samples"] == 0
+    assert (file.header.modes, file.header.sampling) == (["router", "reap", "eaft"], {"reap": 1, "eaft": 1})
+    assert np.array_equal(file["reap.count"], file["router.count"].sum(1))
+    top_k = engine.client.status()["top_k"]
+    for tag, more in (("chat", 4), ("code", 0)):
+        place = file.tag_index(tag)
+        given, drawn = ([score for one in found if one[0] == tag for score in one[kind]] for kind in (1, 2))
+        assert file["eaft.hist"][place].sum((1, 2)).tolist() == [len(given), len(drawn) + more]
+        per_layer = file["eaft.grid_count"][place].sum((2, 3, 4)) / top_k
+        assert (per_layer == [[len(given)], [len(drawn) + more]]).all()
+        assert file["eaft.nll_sum"][place, 0] == pytest.approx(-sum(given), rel=1e-3)
+        assert file["eaft.p_sum"][place, 0] == pytest.approx(np.exp(given).sum(), rel=1e-3)
+        if not more:
+            assert file["eaft.nll_sum"][place, 1] == pytest.approx(-sum(drawn), rel=1e-3)
+    assert (file["reap.norm_sum"] > 0).sum() == (file["reap.count"] > 0).sum()
+    assert (file["reap.gate_norm_sum"] <= file["reap.norm_sum"]).all()
+
+
+def test_sampled_under_masks(engine: Engine, tmp_path: Path) -> None:
+    """Pruned experts have no norms, while shadow counts show what the unmasked router would choose; nothing of one mask under another."""
+    engine.client.reset_stats()
+    engine.client.put_mask(engine.mask)
+    engine.client.routes(reset=True)
+    engine.client.start_stats("reap", sample=2, shadow=True)
+    for seed, mask in ((31, engine.mask), (32, None)):
+        engine.client.switch(mask)
+        for i, prompt in enumerate(random_prompts(4, 90, seed=seed)):
+            assert engine.ask(prompt, 5, TAGS[i % 3])[0] == 200
+    masked, unpruned = (engine.fetch(tmp_path, mask) for mask in (engine.mask.hash, "none"))
+    probed = engine.client.routes()["epochs"]
+    assert engine.client.stop_stats()["lost_samples"] == 0
+    for file in (masked, unpruned):
+        assert file.header.sampling == {"reap": 2, "shadow": 2}
+        routed = sum(one.routed for one in file.header.tokens.values())
+        assert routed in range(4 * 94, 4 * 94 + 4 * engine.surplus + 1)
+        top_k = file.header.epochs[0].top_k[0]
+        for name in ("reap.count", "router.shadow_count"):
+            assert (abs(file[name].sum((0, 2)) - routed * top_k / 2) <= top_k).all()
+        # Routers that were asked for shadow counts are not among what was selected.
+        counts = sum(np.array(probed[str(epoch.epoch)]["counts"]) for epoch in file.header.epochs if str(epoch.epoch) in probed)
+        assert np.array_equal(counts, file["router.count"].sum((0, 1)))
+    # The router is asked again with other rows beside, so a tie of BF16 logits may fall the other way.
+    moved = np.abs(unpruned["router.shadow_count"] - unpruned["reap.count"]).sum()
+    assert moved <= 0.01 * unpruned["reap.count"].sum()
+    for layer in range(masked["reap.count"].shape[1]):
+        pruned = engine.mask.pruned(layer)
+        assert masked["reap.count"][:, layer, pruned].sum() == 0
+        assert masked["router.shadow_count"][:, layer, pruned].sum() > 0
+    assert engine.server.request("POST", API + "/verify")[0] == 200
+
+
 def test_tags_that_are_refused(engine: Engine) -> None:
     """400, also where the answer would be a stream."""
     known = engine.client.status()["statistics"]["tags"]
@@ -273,6 +366,9 @@ def test_the_command_line(engine: Engine, tmp_path: Path) -> None:
         return done.stdout + done.stderr
 
     run("reset")
+    assert "collecting reap" in run("start", "--mode", "reap", "--sample", "1/4", "--shadow", "1/4")
+    run("stop")
+    run("reset")
     assert "collecting router" in run("start")
     assert "already_collecting" in run("start", fails=True)
     engine.ask(random_prompts(1, 50, seed=3000)[0], 4, "code")
@@ -294,10 +390,12 @@ def test_packs_are_replayed(engine: Engine, tmp_path: Path) -> None:
     out, seq_len, blocks = tmp_path / "s.safetensors", 2 * CHUNK, 20
     command = [str(Path(sys.executable).with_name("softprune")), "stats", "collect", "--packs", *map(str, packs.values()), "-o", str(out)]
     command += ["--seq-len", str(seq_len), "--num-blocks", str(blocks), "--blocks-a-part", "4", "--concurrency", "2"]
+    command += ["--mode", "eaft", "--sample", "1/4"]
     command += ["--url", engine.client.url, "--key", engine.server.key]
     parts = tmp_path / "s.safetensors.parts"
+    state = parts / "state.json"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
-        while not (parts / "0002.safetensors").exists():
+        while not state.exists() or len(json.loads(state.read_text())["parts"]) < 2:
             assert first.poll() is None
             time.sleep(0.002)
         first.kill()
@@ -315,6 +413,11 @@ def test_packs_are_replayed(engine: Engine, tmp_path: Path) -> None:
         assert tokens.cached == 0
         assert tokens.decode <= engine.surplus * blocks
         assert (found["router.count"][found.tag_index(tag), 0].sum(-1) == blocks * seq_len * top_k).all()
+        keep = load([packs[tag]], str(TINY / "tokenizer"), seq_len, blocks)[tag].keep
+        drawn = blocks if engine.name == "vllm" else 0  # one token each, where there has to be an answer
+        assert found["eaft.hist"][found.tag_index(tag)].sum((1, 2)).tolist() == [keep[:, 1:].sum(), drawn]
+        sampled = found["reap.count"][found.tag_index(tag)].sum(-1)
+        assert abs(sampled - blocks * seq_len * top_k / 4).max() <= len(found.header.runs) * 2 * top_k
     assert [len(one.hashes) for one in found.header.data_sets] == [blocks] * 2
     assert {run.id for one in drained for run in one.header.runs} < {run.id for run in found.header.runs}
     assert (engine.client.status()["statistics"]["collecting"], parts.exists()) == (False, False)

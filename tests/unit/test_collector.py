@@ -19,7 +19,7 @@ from softprune.mask import ExpertMask
 from softprune.request_tags import with_tags
 from softprune.runtime.collector import Collector, Span, file_of
 from softprune.runtime.masked_model import MaskedModel
-from softprune.runtime.tags import Tags
+from softprune.runtime.tags import Tags, completions_of
 from softprune.stats.errors import StatisticsError
 from softprune.stats.file import Statistics, dump, read, write
 from softprune.stats.merge import merge
@@ -184,7 +184,7 @@ def test_the_file_is_what_write_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stats": "reap"}, "--softprune-stats: found reap"),
+        ({"stats": "all"}, "--softprune-stats: found all; expected one of router, reap, eaft"),
         ({"max_tags": 4}, "with it"),
         ({"stats": "router", "max_tags": 0}, "found 0"),
         ({"stats": "router", "max_tags": 65}, "found 65"),
@@ -212,8 +212,9 @@ def test_calls_and_their_errors() -> None:
         ("POST", "stats/start", b'"router"', (400, "invalid_mode")),
         ("POST", "stats/start", b'{"mode": "router", "tag": 1}', (400, "invalid_mode")),
         ("POST", "stats/start", b'{"mode": ["router"]}', (400, "invalid_mode")),
-        ("POST", "stats/start", b'{"mode": "reap"}', (400, "mode_not_yet")),
-        ("POST", "stats/start", b'{"mode": "eaft"}', (400, "mode_not_yet")),
+        ("POST", "stats/start", b'{"mode": "reap"}', (409, "mode_is_off")),
+        ("POST", "stats/start", b'{"mode": "eaft"}', (409, "mode_is_off")),
+        ("POST", "stats/start", b'{"mode": "router", "shadow": true}', (409, "mode_is_off")),
         ("POST", "stats/start", start, (200, None)),
         ("POST", "stats/start", start, (409, "already_collecting")),
         ("GET", "stats?mask=other", b"", (404, "nothing_counted")),
@@ -297,6 +298,20 @@ def test_one_tag_too_many_and_tags_that_are_none() -> None:
         assert ask(served, body) == (400, None)
     assert ask(served, {"prompt": [1]}, b"x" * 10_000) == (400, None)
     assert ask(served, tagged("default"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "spans", ["5", "5-", "-5", "7-5", "5-5", "5-9,7-12", "5-9,", "a-b", "5-9-12", "0.5-2", " ", 7, 0, False, [], ["5-9"], {}]
+)
+def test_spans_that_are_none(spans: Any) -> None:
+    served = api(stats="eaft")
+    assert ask(served, {"prompt": [1], "vllm_xargs": {"softprune_spans": spans}}) == (400, None)
+
+
+def test_spans() -> None:
+    for spans, expected in ((None, None), ("", ()), ("5-9", ((5, 9),)), ("0-1,1-3,55-90", ((0, 1), (1, 3), (55, 90)))):
+        assert ask(api(stats="eaft"), {"prompt": [1], "vllm_xargs": {"softprune_spans": spans}})[0] == 200
+        assert completions_of(spans) == expected
 
 
 def test_a_tag_of_somebody_whom_the_engine_refuses_takes_no_room() -> None:
