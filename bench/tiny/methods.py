@@ -204,6 +204,8 @@ def records(wanted: list[Cell], found: dict[str, list[float]]) -> list[dict[str,
 def main(
     work: Annotated[Path, typer.Argument(help="Folder for statistics, the dequantised model and measured cells.")],
     out: Annotated[Path, typer.Option(help="The document; a plot is drawn beside it.")] = Path("bench/results/methods.json"),
+    keep: Annotated[list[int], typer.Option(help="Numbers of experts kept, once for each.")] = list(KEEPS),  # noqa: B006 - typer's form
+    variants: Annotated[bool, typer.Option(help="Measure the methods' variants as well.")] = True,
     limit: Annotated[int | None, typer.Option(help="Measure at most so many cells, and stop if more are missing.")] = None,
     threads: Annotated[int, typer.Option(help="Of PyTorch, for the statistics.")] = 1,
 ) -> None:
@@ -217,7 +219,7 @@ def main(
         blocks = scored_blocks(tokenizer)
         with Progress(*columns, console=console) as progress:
             stats = statistics_of(work, tokenizer, progress)
-            wanted = all_cells(stats)
+            wanted = all_cells(stats, keep, [label for label in METHODS if variants or label not in VARIANTS])
             found = measure(work, blocks, wanted, limit, progress)
     except SoftpruneError as error:
         console.print(f"[red]{error}[/]")

@@ -8,6 +8,7 @@ from typing import Any
 from softprune.bench.tiny.methods_figures import RANDOM, UNMASKED
 
 _MARKERS = "osD^vP*Xph<>"
+_TICKS = (1.0, 1.2, 1.4, 1.7, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
 
 
 def plot(figures: dict[str, Any], out: Path) -> None:
@@ -45,6 +46,10 @@ def plot(figures: dict[str, Any], out: Path) -> None:
                 axes.plot([x] * len(entry["seeds"]), entry["seeds"], "_", color="black", markersize=7)
     axes.axhline(base, color="grey", linewidth=0.8, linestyle=":", label=f"unmasked ({base:.3f})")
     axes.set(xlabel="experts kept of 32", ylabel="held-out UNION perplexity (completion tokens)", yscale="log", xticks=keeps)
+    bottom, top = axes.get_ylim()
+    ticks = [tick for tick in _TICKS if bottom <= tick <= top]
+    axes.set_yticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.invert_xaxis()
     axes.legend(frameon=False, fontsize=8, ncols=2)
     axes.grid(alpha=0.25)
