@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -47,3 +48,17 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file through a temporary one beside it; whatever goes wrong, the old file stays."""
     with written_after(path, text):
         pass
+
+
+def digest_of(data: bytes) -> str:
+    """SHA-256 as files name it: "sha256:" and 64 hexadecimal digits."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """As `digest_of`, of a file of any size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return "sha256:" + digest.hexdigest()

@@ -223,23 +223,14 @@ def read_json(path: str | Path) -> Any:
     Raises:
         MaskError: missing, too large, not UTF-8 JSON, nested too deep, or a key given twice.
     """
-    return decode_json(read_bytes(path, "a readable mask file"), str(path))
-
-
-def read_bytes(path: str | Path, expected: str) -> bytes:
-    """A file of at most `MAX_BYTES`; `expected` says in the error what it should have been.
-
-    Raises:
-        MaskError: missing, unreadable or too large.
-    """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise MaskError(str(path), "", error.strerror or str(error), expected) from None
+        raise MaskError(str(path), "", error.strerror or str(error), "a readable mask file") from None
     if len(data) > MAX_BYTES:
         raise MaskError(str(path), "", "over 16 MB", "at most 16 MB")
-    return data
+    return decode_json(data, str(path))
 
 
 def decode_json(data: bytes, source: str) -> Any:

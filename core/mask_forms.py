@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from softprune import mask as mask_file
 from softprune.checkpoint.families import ModelSpec
 from softprune.errors import MaskError, shortened
 from softprune.mask import ExpertMask, MaskModel
+from softprune.yaml_file import read_yaml
 
 SECTIONS = {"think": "think_expert_analytics", "answer": "answer_expert_analytics"}
 
@@ -126,11 +125,7 @@ def build(
 def _read(path: str | Path) -> Any:
     if Path(path).suffix.lower() not in (".yaml", ".yml"):
         return mask_file.read_json(path)
-    source, text = str(path), mask_file.read_bytes(path, "a readable file")
-    try:
-        return yaml.safe_load(text)  # in pure Python: libyaml crashes on deep nesting
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise MaskError(source, "", f"no valid YAML ({str(error).splitlines()[0]})", "a scores file") from None
+    return read_yaml(path, "a scores file", MaskError)
 
 
 def _recognise(data: Any, source: str, section: str) -> Reading:

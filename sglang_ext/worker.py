@@ -104,6 +104,9 @@ def _connect_sampler(runner: Any, model: MaskedModel, layers: Sequence[MoeLayer]
 
 def tell_front_end(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """After `Scheduler.get_init_info`, which goes to the front end: what this process serves."""
+    if _masked is not None and _masked.collector is not None and _masked.collector.sampler is not None:
+        with live_scheduler.on_model_stream(scheduler):
+            _masked.collector.sampler.warm_up()
     return info if _masked is None else {**info, CONFIG_KEY: _masked.status()}
 
 

@@ -66,6 +66,9 @@ class ExpertMaskWorker:
         result = super().compile_or_warm_up_model(*args, **kwargs)  # type: ignore[misc]
         if self._launch.stats is not None:
             self.execute_dummy_batch()  # type: ignore[attr-defined]
+        collecting = self._model().collector
+        if collecting is not None and collecting.sampler is not None:
+            collecting.sampler.warm_up()
         return result
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,10 @@ def plot(figures: dict[str, Any], out: Path) -> None:
         found = [row[str(keep)] for keep in keeps]
         ppl = [entry["ppl"] for entry in found]
         low, high = zip(*(entry["interval"] for entry in found), strict=True)
-        bars = [[p - edge for p, edge in zip(ppl, low, strict=True)], [edge - p for p, edge in zip(ppl, high, strict=True)]]
+        bars = [
+            [max(0.0, p - edge) for p, edge in zip(ppl, low, strict=True)],
+            [max(0.0, edge - p) for p, edge in zip(ppl, high, strict=True)],
+        ]
         style: dict[str, Any] = {"color": f"C{i % 10}", "linewidth": 1.1}
         if method == RANDOM:
             style = {"color": "black", "linestyle": "--", "linewidth": 1.6}

@@ -75,7 +75,9 @@ def _body(plan: RewritePlan, name: str, base_model: str, recipe: bool) -> str:
         "written by": f"softprune {__version__}",
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    made = yaml.safe_dump(mask.provenance, sort_keys=True, allow_unicode=True).strip() if mask.provenance else "not recorded"
+    # Why each expert stays is told for every layer; that is for the manifest, where the whole mask stands.
+    told = {key: value for key, value in mask.provenance.items() if key != "layers"}
+    made = yaml.safe_dump(told, sort_keys=True, allow_unicode=True).strip() if told else "not recorded"
     how = f"\nThe whole recipe is in `{RECIPE}`.\n" if recipe else ""
     return f"""# {name}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from softprune.errors import shortened
+from softprune.files import digest_of, digest_of_file
 from softprune.mask import MaskModel
 from softprune.ranking.criterion import Criterion, Source
 from softprune.ranking.errors import RankError
@@ -65,7 +65,7 @@ def rank(
     if not np.isfinite(found.values).all() or found.values.shape != (known.num_layers, known.num_experts):
         raise RankError(method, "scores", "values that are not finite", "a finite score for every expert")
     if ranking is not None and chosen.reads == "ranking":
-        inputs = {"ranking": {"file": Path(ranking).name, "sha256": sha256_of(Path(ranking))}}
+        inputs = {"ranking": {"file": Path(ranking).name, "sha256": digest_of_file(Path(ranking))}}
     return Scores(
         ALIASES.get(method, method), known, found.values, found.score_key, found.definition,
         parameters_said(chosen, weights), inputs, found.found, found.columns, found.by_tag,
@@ -94,15 +94,6 @@ def model_of_checkpoint(folder: Path) -> MaskModel:
     )  # fmt: skip
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file, "sha256:…"."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return "sha256:" + digest.hexdigest()
-
-
 def _statistics(stats: Stats, chosen: Criterion, progress: Callable[[str, int], None] | None) -> tuple[Statistics, dict[str, Any]]:
     """The statistics with the tensors that are needed, and what to say of them."""
     if isinstance(stats, Statistics):
@@ -110,7 +101,7 @@ def _statistics(stats: Stats, chosen: Criterion, progress: Callable[[str, int], 
     paths = [Path(stats)] if isinstance(stats, (str, Path)) else [Path(path) for path in stats]
     if not paths:
         raise RankError("--stats", "", "no file", "at least one statistics file")
-    hashes = [{"file": path.name, "sha256": sha256_of(path)} for path in paths if path.is_file()]
+    hashes = [{"file": path.name, "sha256": digest_of_file(path)} for path in paths if path.is_file()]
     if len(paths) == 1:
         statistics = stats_file.read(paths[0], set(chosen.tensors()))
     else:
@@ -124,7 +115,11 @@ def _described(statistics: Statistics) -> dict[str, Any]:
         "runs": [run.id for run in header.runs],
         "mask": header.epochs[0].mask,
         "routed_tokens": {tag: tokens.routed for tag, tokens in header.tokens.items()},
-        "data_sets": [data_set.model_dump() for data_set in header.data_sets],
+        # A replayed pack has a hash for each block; all of them are in the statistics.
+        "data_sets": [
+            {"id": one.id, "num_hashes": len(one.hashes), "sha256": digest_of("\n".join(sorted(one.hashes)).encode())}
+            for one in header.data_sets
+        ],
     }
 
 

@@ -53,6 +53,10 @@ def rank_command(
     console.print(shown(scores))
     text = f"{out}: " if out is not None else ""
     console.print(f"{text}{scores.method}, {scores.score_key}: {scores.definition}", soft_wrap=True, markup=False)
+    if scores.inputs.get("mask") is not None:
+        console.print(
+            "[yellow]warning:[/] collected under a mask: experts that it pruned could not be chosen, and rank last", soft_wrap=True
+        )
     if scores.found:
         console.print(json.dumps(scores.found), soft_wrap=True, markup=False)
 

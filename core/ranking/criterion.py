@@ -16,6 +16,7 @@ from softprune.mask import MaskModel
 from softprune.ranking.errors import RankError
 from softprune.ranking.tags import TagWeights
 from softprune.stats.file import Statistics
+from softprune.stats.header import Mode
 
 Values = NDArray[np.float64]
 
@@ -85,9 +86,10 @@ class Criterion(Protocol):
 
 @dataclass(frozen=True)
 class FromStatistics:
-    """A criterion that reads statistics."""
+    """A criterion that reads statistics; `mode` says how they have to be collected."""
 
     reads: ClassVar[str] = "statistics"
+    mode: ClassVar[Mode] = "reap"
 
     def statistics(self, source: Source) -> Statistics:
         """The statistics.

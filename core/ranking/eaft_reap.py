@@ -20,7 +20,7 @@ from softprune.ranking.eaft_regions import REGIONS, Axis, shares
 from softprune.ranking.errors import RankError
 from softprune.ranking.tags import TagWeights, by_tag, combine
 from softprune.stats.file import Statistics
-from softprune.stats.header import KINDS
+from softprune.stats.header import KINDS, Mode
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -40,6 +40,7 @@ class EaftReap(FromStatistics):
     """
 
     about: ClassVar[str] = "gate x output norm, summed with weights by probability and entropy (EAFT-REAP)"
+    mode: ClassVar[Mode] = "eaft"
     rule: Literal["code", "policy"] = "code"
     form: Literal["sum", "mean"] = "sum"
     kind: Literal["teacher_forced", "sampled"] = "teacher_forced"

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from softprune.ranking.columns import TENSORS, columns
 from softprune.ranking.criterion import PARAMETERS, FromStatistics, Scored, Source
 from softprune.ranking.tags import by_tag, combine
-from softprune.stats.header import PHASES
+from softprune.stats.header import PHASES, Mode
 
 
 @dataclass(frozen=True, config=PARAMETERS)
@@ -21,6 +21,7 @@ class Frequency(FromStatistics):
     """
 
     about: ClassVar[str] = "how often an expert was chosen"
+    mode: ClassVar[Mode] = "router"
     phase: Literal["all", "prefill", "decode"] = "all"
 
     def tensors(self) -> tuple[str, ...]:

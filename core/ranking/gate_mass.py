@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from softprune.ranking.columns import TENSORS, columns
 from softprune.ranking.criterion import PARAMETERS, FromStatistics, Scored, Source
 from softprune.ranking.tags import by_tag, combine
+from softprune.stats.header import Mode
 
 
 @dataclass(frozen=True, config=PARAMETERS)
@@ -16,6 +17,7 @@ class GateMass(FromStatistics):
     """Gates after the softmax over the chosen logits (spec/metrics.md 4: for gpt-oss always so)."""
 
     about: ClassVar[str] = "sum of an expert's gates"
+    mode: ClassVar[Mode] = "router"
 
     def tensors(self) -> tuple[str, ...]:
         return TENSORS

@@ -7,7 +7,6 @@ which model they are for, so a model has to be given with them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from pydantic import ValidationError
 
 from softprune import __version__
 from softprune.errors import shortened
-from softprune.files import write_whole
+from softprune.files import digest_of, write_whole
 from softprune.mask import MaskModel
 from softprune.ranking.errors import RankError
 from softprune.ranking.scores import Scores
@@ -40,7 +39,7 @@ def dump(scores: Scores) -> str:
 
 def named(scores: Scores, path: str | Path) -> Scores:
     """The scores, knowing the file that they are going to be in, and its hash."""
-    return replace(scores, source=str(path), digest=_digest(dump(scores).encode()))
+    return replace(scores, source=str(path), digest=digest_of(dump(scores).encode()))
 
 
 def write(scores: Scores, path: str | Path) -> Scores:
@@ -82,7 +81,7 @@ def read(path: str | Path, model: MaskModel | None = None) -> Scores:
         str(data.get("method")), model, columns.pop("score"), str(data.get("score_key")), str(data.get("score_definition")),
         own.get("parameters") or {}, data.get("inputs") or {}, data.get("profile_meta") or {}, columns,
         {str(tag): _table(rows, model, source, f"softprune.by_tag.{tag}") for tag, rows in (own.get("by_tag") or {}).items()},
-        source, _digest(Path(path).read_bytes()),
+        source, digest_of(Path(path).read_bytes()),
     )  # fmt: skip
     given = data.get("ranking_by_layer")
     if given is not None and given != scores.ranking.tolist():
@@ -231,7 +230,3 @@ def _is_id(value: Any, number: int) -> bool:
 def _require(holds: bool, source: str, field: str, found: object, expected: str) -> None:
     if not holds:
         raise RankError(source, field, "nothing" if found is None else shortened(found), expected)
-
-
-def _digest(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()

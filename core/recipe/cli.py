@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from softprune.ranking.cli import parameters_of, tag_weights
 from softprune.ranking.registry import CRITERIA
 from softprune.recipe import run as running
 from softprune.recipe.lock import lock_path
-from softprune.recipe.prune import COMPRESSION_RATIO, prune
+from softprune.recipe.prune import COMPRESSION_RATIO, collected, prune
 from softprune.recipe.read import read_recipe
 from softprune.recipe.run import Places
 from softprune.report.progress import tensor_progress
@@ -64,7 +65,13 @@ def prune_command(
     keep: Annotated[int | None, typer.Option(help="Or: experts that stay in each layer.")] = None,
     keep_frac: Annotated[str | None, typer.Option(help="Or: share of the experts that stays.")] = None,
     stats: Annotated[list[Path] | None, typer.Option("--stats", help="Statistics file, once for each.")] = None,
-    packs: Annotated[list[Path] | None, typer.Option("--packs", help="Pack to collect statistics from, once for each.")] = None,
+    packs: Annotated[
+        list[Path] | None, typer.Option("--packs", help="Or: pack (Parquet) to collect them from by the engine installed, once for each.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="With --packs, tokens in a block.")] = 1024,
+    num_blocks: Annotated[int | None, typer.Option(min=1, help="With --packs, blocks of each; else all that it fills.")] = None,
+    engine: Annotated[str | None, typer.Option(help="With --packs: vllm or sglang; else the one that is installed.")] = None,
+    engine_args: Annotated[str, typer.Option(help="With --packs: further arguments of the engine's command line.")] = "",
     ranking: Annotated[Path | None, typer.Option(help="For topical: the file with the ranking.")] = None,
     tag: Annotated[list[str] | None, typer.Option(metavar="TAG[=WEIGHT]", help="Count only this tag, so much; once for each.")] = None,
     normalise_tags: Annotated[bool, typer.Option(help="Give every tag the same say, whatever its number of tokens.")] = False,
@@ -77,10 +84,16 @@ def prune_command(
     base_model: Annotated[str | None, typer.Option(help="The base model's Hub name, for the card; else guessed from MODEL's path.")] = None,
 ) -> None:
     """Rank, select, rewrite and verify in one go; the recipe of it lies beside the checkpoint, and in it."""
-    with tensor_progress(None, Console(stderr=True)) as progress:
+    errors = Console(stderr=True)
+    files = list(stats or ())
+    if packs:
+        collect = {"seq_len": seq_len, "num_blocks": num_blocks, "engine": engine, "engine_args": shlex.split(engine_args)}
+        # Before the other bar, since two cannot be drawn at once.
+        files.append(collected(model, out, packs, method, files, tell=_tell, console=errors, **collect))
+    with tensor_progress(None, errors) as progress:
         prune(
-            model, out, method, keep=keep, keep_frac=keep_frac, compression_ratio=compression_ratio, stats=stats, packs=packs or (),
-            ranking=ranking, tags=tag_weights(tag or ()), normalise_tags=normalise_tags, keep_multiple=keep_multiple,
+            model, out, method, keep=keep, keep_frac=keep_frac, compression_ratio=compression_ratio, stats=files, ranking=ranking,
+            tags=tag_weights(tag or ()), normalise_tags=normalise_tags, keep_multiple=keep_multiple,
             protect=Protect(core_mass, core_count, "none", tag_top), union=None if union is None else Union(union), base_model=base_model,
             tell=_tell, progress=progress, **parameters_of(param or ()),
         )  # fmt: skip

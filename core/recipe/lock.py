@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from softprune.checkpoint.headers import TensorIndex
 from softprune.checkpoint.manifest import read_manifest
 from softprune.checkpoint.side_files import MANIFEST
 from softprune.errors import shortened
-from softprune.files import write_whole
+from softprune.files import digest_of, digest_of_file, write_whole
 from softprune.mask import ExpertMask, MaskModel
 from softprune.ranking.scores import Scores
 from softprune.recipe.errors import RecipeError
@@ -53,7 +52,7 @@ def lock_of(
     sampling = profiling.get("sampling") if isinstance(profiling, dict) else None
     return {
         "format": FORMAT, "version": VERSION,
-        "recipe": {"name": recipe.name, "file": recipe_file.name, "sha256": _sha256(recipe_file.read_bytes())},
+        "recipe": {"name": recipe.name, "file": recipe_file.name, "sha256": digest_of_file(recipe_file)},
         "model": {
             **model.model_dump(), "base_model": recipe.base_model, "shards": {shard.name: shard.stat().st_size for shard in index.shards},
         },
@@ -66,8 +65,8 @@ def lock_of(
         },
         "versions": {"softprune": __version__, "python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "outputs": {
-            "scores": scores.digest, "mask": mask.hash, "mask_file": _sha256(mask.dump().encode()),
-            "manifest": None if manifest is None else _sha256((out / MANIFEST).read_bytes()),
+            "scores": scores.digest, "mask": mask.hash, "mask_file": digest_of(mask.dump().encode()),
+            "manifest": None if manifest is None else digest_of_file(out / MANIFEST),
             "files": None if manifest is None else {name: "sha256:" + stored.sha256 for name, stored in sorted(manifest.files.items())},
         },
     }  # fmt: skip
@@ -129,7 +128,3 @@ def _compare(pinned: Any, found: Any, field: str, path: Path) -> None:
     # As it would read from the file: tuples are lists there.
     elif None not in (pinned, found) and pinned != json.loads(json.dumps(found)):
         raise RecipeError(str(path), field, f"{shortened(found)} now", f"{shortened(pinned)}, as locked; `softprune lock` pins it anew")
-
-
-def _sha256(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from softprune.files import write_whole
+from softprune.ranking.criterion import FromStatistics
 from softprune.ranking.registry import criterion
 from softprune.recipe.errors import RecipeError
 from softprune.recipe.lock import lock_path
@@ -28,6 +29,7 @@ def prune(
     compression_ratio: float | str | None = None,
     stats: str | Path | Sequence[str | Path] | None = None,
     packs: Sequence[str | Path] = (),
+    collect: Mapping[str, Any] | None = None,
     ranking: str | Path | None = None,
     tags: Mapping[str, float] | None = None,
     normalise_tags: bool = False,
@@ -50,7 +52,8 @@ def prune(
         method, parameters: the criterion and its parameters.
         keep, keep_frac, compression_ratio: how many experts stay or go, one of them; half go if none is given.
         stats: statistics files, for methods that rank by statistics.
-        packs: packs to collect them from.
+        packs: packs to collect them from, by the engine that is installed; see `collected`.
+        collect: keyword arguments of `softprune.recipe.collect.collect_from_packs`, e.g. num_blocks.
         ranking: file, for `topical`.
         tags, normalise_tags: see `softprune.rank`.
         keep_multiple, backend, protect, union: see `softprune.select`.
@@ -65,10 +68,9 @@ def prune(
     chosen, out = criterion(method, parameters), Path(out)
     files = (stats,) if isinstance(stats, (str, Path)) else tuple(stats or ())
     if packs:
-        found = f"{len(packs)} packs"
-        raise RecipeError("--packs", "", found, "--stats: collect statistics from packs first; starting an engine for it is not there yet")
+        files = (collected(model, out, packs, method, files, tell=tell, **(collect or {})),)
     if chosen.reads == "statistics" and not files:
-        raise RecipeError("--stats", "", "no statistics", f"statistics files, by which {method} ranks")
+        raise RecipeError("--stats", "", "no statistics", f"statistics files, by which {method} ranks, or packs to collect them from")
     if keep is None and keep_frac is None and compression_ratio is None:
         compression_ratio = COMPRESSION_RATIO
     budget = {
@@ -91,3 +93,28 @@ def prune(
         write_whole(file, text)
     places = Places(file, Path(model), out, tuple(Path(path) for path in files), None if ranking is None else Path(ranking))
     return run(recipe, places, tell, progress)
+
+
+def collected(
+    model: str | Path, out: Path, packs: Sequence[str | Path], method: str, stats: Sequence[str | Path] = (), **options: Any
+) -> Path:
+    """Statistics that an engine collects from packs for a method; they lie beside the checkpoint.
+
+    Args:
+        model, out, packs, method, stats: as `prune` takes them; `stats` are refused, since a file holds either.
+        **options: of `softprune.recipe.collect.collect_from_packs`.
+
+    Raises:
+        SoftpruneError: as that, or a method that reads no statistics.
+    """
+    from softprune.recipe.collect import collect_from_packs  # pyarrow, without which the rest starts
+
+    chosen = criterion(method)
+    if stats:
+        raise RecipeError("--packs", "", "--stats as well", "one of the two")
+    if not isinstance(chosen, FromStatistics):
+        raise RecipeError("--packs", "", f"method {method}, which reads no statistics", "a method that ranks by them")
+    path = out.with_name(out.name + ".stats.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    collect_from_packs(Path(model), [Path(pack) for pack in packs], path, chosen.mode, **options)
+    return path

@@ -124,12 +124,14 @@ class _Reader:
         """Method and parameters; the study's EAFT numbers stand in `scoring`, or in `eaft` under the profile."""
         known = {"method", "top_k", "entropy_topk", "weights", "score_key", "score_definition", "parameters", "tags", "normalise_tags"}
         self._only(scoring, "scoring", {*known, *_EAFT})
-        eaft = self._section(profiling, "eaft")
+        eaft, weights = self._section(profiling, "eaft"), self._section(scoring, "weights")
+        self._only(weights, "scoring.weights", set(_EAFT[2:]))
+        self._only(eaft, "profiling_data.eaft", {"entropy_topk", *_EAFT})
         method = scoring.get("method") or ("eaft_reap" if eaft else None)
         method = None if method is None else ALIASES.get(method, method)
         parameters = dict(self._section(scoring, "parameters"))
         if method == "eaft_reap":
-            for part in (scoring, self._section(scoring, "weights"), eaft):
+            for part in (scoring, weights, eaft):
                 if part.get("entropy_topk", _ENTROPY_TOP) != _ENTROPY_TOP:
                     found = shortened(part["entropy_topk"])
                     raise RecipeError(self.source, "scoring.entropy_topk", found, f"{_ENTROPY_TOP}, which statistics are collected with")

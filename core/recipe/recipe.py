@@ -59,6 +59,13 @@ class Recipe:
         """Largest shard in bytes."""
         return int(self.max_shard_gb * 1e9)
 
+    @property
+    def datasets(self) -> list[str]:
+        """Hub names of the data that the statistics were made from, as far as the recipe says."""
+        profiling = self.notes.get("profiling_data")
+        repository = profiling.get("dataset_repo") if isinstance(profiling, dict) else None
+        return [repository] if isinstance(repository, str) else []
+
     def document(self) -> dict[str, Any]:
         """The recipe in the one shape that is written."""
         budget = dict(self.budget)

@@ -13,9 +13,10 @@ from softprune.checkpoint.rewrite import execute
 from softprune.checkpoint.side_files import MANIFEST
 from softprune.checkpoint.verify import verify_checkpoint
 from softprune.errors import SoftpruneError
+from softprune.files import digest_of_file
 from softprune.mask import ExpertMask, MaskModel
 from softprune.ranking import scores_file
-from softprune.ranking.api import model_of_checkpoint, parameters_said, rank, sha256_of
+from softprune.ranking.api import model_of_checkpoint, parameters_said, rank
 from softprune.ranking.errors import RankError
 from softprune.ranking.registry import criterion
 from softprune.ranking.scores import Scores
@@ -173,7 +174,7 @@ def _known(recipe: Recipe, places: Places, model: MaskModel, path: Path) -> Scor
     chosen = criterion(recipe.method, recipe.parameters)
     wanted = parameters_said(chosen, TagWeights(recipe.tags, recipe.normalise_tags))
     read = {"statistics": places.statistics, "ranking": () if places.ranking is None else (places.ranking,)}.get(chosen.reads, ())
-    hashes = [sha256_of(file) for file in read]
+    hashes = [digest_of_file(file) for file in read]
     own: Any = scores.inputs.get("ranking" if chosen.reads == "ranking" else "statistics") or []
     listed = [entry["sha256"] for entry in ([own] if isinstance(own, dict) else own)]
     return scores if (dict(scores.parameters), listed) == (wanted, hashes) and scores_file.is_current(path) else None
@@ -186,7 +187,8 @@ def _chosen(recipe: Recipe, places: Places, model: MaskModel, tell: Tell, progre
     mask = select(
         scores, budget.pop("keep", None), protect=recipe.protect, union=recipe.union, target="checkpoint", recipe=recipe.name, **budget
     )
-    return scores, mask
+    # As the Hub's metadata name them.
+    return scores, mask.model_copy(update={"provenance": {**mask.provenance, "datasets": recipe.datasets}}) if recipe.datasets else mask
 
 
 def _write(places: Places, scores: Scores, mask: ExpertMask, tell: Tell) -> None:
@@ -195,7 +197,7 @@ def _write(places: Places, scores: Scores, mask: ExpertMask, tell: Tell) -> None
     path = Path(scores.source)
     if path != places.beside(".scores.yaml"):
         tell(f"rank: skipped, scores are given ({path})")
-    elif path.is_file() and sha256_of(path) == scores.digest:
+    elif path.is_file() and digest_of_file(path) == scores.digest:
         tell(f"rank: skipped, {path} is there and was made of the same")
     else:
         scores_file.write(scores, path)
@@ -233,7 +235,7 @@ def _check_there(recipe: Recipe, places: Places, model: MaskModel, mask: ExpertM
     for field, found, expected in (
         ("mask", manifest.mask_hash, mask.hash), ("base.fingerprint", manifest.base.fingerprint, model.fingerprint),
         ("max_shard_bytes", manifest.max_shard_bytes, recipe.max_shard_bytes), ("layers", manifest.layers, None),
-        ("recipe", manifest.recipe, sha256_of(places.recipe)),
+        ("recipe", manifest.recipe, digest_of_file(places.recipe)),
     ):  # fmt: skip
         if found != expected:
             raise RecipeError(str(places.out / MANIFEST), field, str(found), f"{expected}, which this recipe makes; {other}")

@@ -44,6 +44,11 @@ class Routed:
         ids, gates = (torch.stack([getattr(layer, name) for layer in layers]) for name in ("ids", "gates"))
         return cls(ids, gates, stack([layer.norms for layer in layers]), stack([layer.shadow for layer in layers]))
 
+    def first(self, rows: int) -> Routed:
+        """The first rows of every layer."""
+        tensors = (None if tensor is None else tensor[:, :rows] for tensor in (self.ids, self.gates, self.norms, self.shadow))
+        return Routed(*tensors)  # type: ignore[arg-type]
+
     def to_host(self) -> Routed:
         """Copies on their way to the host, on the current stream."""
         return Routed(*(None if tensor is None else to_host(tensor) for tensor in (self.ids, self.gates, self.norms, self.shadow)))  # type: ignore[arg-type]
@@ -63,7 +68,7 @@ def routed(layer: int, hidden: torch.Tensor, logits: torch.Tensor, top_k: int, e
     norms = None
     if experts is not None and len(hidden):
         outputs = experts(layer, hidden.repeat_interleave(top_k, 0), ids.flatten())
-        norms = torch.linalg.vector_norm(outputs.float(), dim=-1).view_as(gates)
+        norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32).view_as(gates)
     elif experts is not None:
         norms = torch.zeros_like(gates)
     return Routed(ids.to(torch.int16), gates, norms)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 STEP_ROWS = 64
 """Rows that a step can keep at most: 1 in 16 of 1,008 tokens and more."""
-SLAB_ROWS = 256
-"""Rows that are kept before something has to be done with them."""
+SLAB_ROWS = 192
+"""Rows that are kept before something has to be done with them: 27 MB of the 20B shape."""
 _NOWHERE = -1
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from softprune.runtime.expert_norms import Experts, Routed, routed
-from softprune.runtime.sample_slab import STEP_ROWS, SampleSlab
+from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS, SampleSlab
 from softprune.runtime.sampled_sums import SampledSums
 from softprune.runtime.sampling import Sampling
 from softprune.runtime.token_records import Fetched, TokenRecords
@@ -133,6 +133,9 @@ class Sampler:
         self._step: _Step | None = None
         self._inline: torch.Tensor | None = None
         self._under_way = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured: Routed | None = None
+        self._graph_bytes = 0
         self._waiting: list[_Rows] = []
         self._measured: list[tuple[Routed, _Rows]] = []
         self._token_tags: list[NDArray[np.int64]] = []
@@ -144,8 +147,21 @@ class Sampler:
 
     @property
     def num_bytes(self) -> int:
-        """Of device memory."""
-        return self._slab.num_bytes + self._records.num_bytes
+        """Of device memory, what the captured graph works in included."""
+        return self._slab.num_bytes + self._records.num_bytes + self._graph_bytes
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture what is done with a full slab, on a GPU: launched kernel by kernel, the engine's experts cost the host 2 ms a layer."""
+        if not self._slab.hidden.is_cuda or self.experts is None or self._graph is not None:
+            return
+        self._route_slab(SLAB_ROWS, self.experts, shadow=False)  # compiles
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._captured = self._route_slab(SLAB_ROWS, self.experts, shadow=False)
+        self._graph, self._graph_bytes = graph, torch.cuda.memory_reserved() - before
 
     @property
     def measures_within(self) -> bool:
@@ -339,22 +355,39 @@ class Sampler:
         settings = self.settings
         assert settings is not None
         found = routed(layer, hidden, logits, self._top_k, self.experts if settings.mode != "router" else None)
-        if not settings.shadow or self.unmasked is None:
-            return found
-        unmasked = self.unmasked(layer, hidden).float()
-        return Routed(found.ids, found.gates, found.norms, routed(layer, hidden, unmasked, self._top_k, None).ids)
+        return replace(found, shadow=self._shadow(layer, hidden)) if settings.shadow else found
+
+    def _shadow(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """int16 [n, top_k], what the router would choose without a mask."""
+        assert self.unmasked is not None
+        return routed(layer, hidden, self.unmasked(layer, hidden), self._top_k, None).ids
+
+    def _route_slab(self, rows: int, experts: Experts | None, shadow: bool) -> Routed:
+        """What the first rows of the slab were routed to, in all layers."""
+        layers = range(self._shape[1])
+        hidden, logits = self._slab.hidden[:, :rows], self._slab.logits[:, :rows]
+        found = Routed.stacked([routed(layer, hidden[layer], logits[layer], self._top_k, experts) for layer in layers])
+        return replace(found, shadow=torch.stack([self._shadow(layer, hidden[layer]) for layer in layers])) if shadow else found
+
+    def _measure_slab(self) -> Routed:
+        """`_route_slab` of the rows in use, by the captured graph where there is one."""
+        used, settings = self._slab.used, self.settings
+        assert settings is not None
+        if self._graph is None or self._captured is None or settings.mode == "router":
+            return self._route_slab(used, self.experts if settings.mode != "router" else None, settings.shadow)
+        self._graph.replay()
+        found = self._captured.first(used)
+        if settings.shadow:
+            found = replace(found, shadow=self._route_slab(used, None, shadow=True).shadow)
+        return found
 
     def _send(self) -> None:
         """Measure what waits in the slab, send everything to the host, and add up what came with the send before."""
         if self.settings is None:
             return
         if self._slab.used:
-            used = self._slab.used
-            layers = [
-                self._routed(layer, self._slab.hidden[layer, :used], self._slab.logits[layer, :used]) for layer in range(self._shape[1])
-            ]
             together = [np.concatenate([getattr(rows, name) for rows in self._waiting]) for name in ("tags", "records")]
-            self._measured.append((Routed.stacked(layers), _Rows(*together)))
+            self._measured.append((self._measure_slab(), _Rows(*together)))
             self._slab.clear()
             self._waiting = []
         if not self._measured and not self._records.used:

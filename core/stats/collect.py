@@ -237,10 +237,13 @@ class Collection:
 
     def _fetch(self, mask: str) -> Statistics:
         data = self._client.stats_file(mask)
-        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-            file.write(data)
-            file.flush()
-            return read(file.name)
+        try:
+            with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+                file.write(data)
+                file.flush()
+                return read(file.name)
+        except OSError as error:
+            raise StatisticsError(tempfile.gettempdir(), "", error.strerror or str(error), "room for a temporary file") from None
 
 
 def _sha256(text: str) -> str:

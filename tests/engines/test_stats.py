@@ -393,8 +393,9 @@ def test_packs_are_replayed(engine: Engine, tmp_path: Path) -> None:
     command += ["--mode", "eaft", "--sample", "1/4"]
     command += ["--url", engine.client.url, "--key", engine.server.key]
     parts = tmp_path / "s.safetensors.parts"
+    state = parts / "state.json"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
-        while not (parts / "0002.safetensors").exists():
+        while not state.exists() or len(json.loads(state.read_text())["parts"]) < 2:
             assert first.poll() is None
             time.sleep(0.002)
         first.kill()

@@ -94,6 +94,7 @@ def files(masks: dict[str, ExpertMask], work: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def runs(work: Path, files: dict[str, str]) -> dict[str, Any]:
     """Every server's answers; two servers at a time."""
+    asked = {row.model: prompts(row.model) for row, _ in RUNS.values()}
 
     def run(job: Job) -> dict[str, Any]:
         row, env = job
@@ -101,7 +102,7 @@ def runs(work: Path, files: dict[str, str]) -> dict[str, Any]:
             server.wait_ready()
             # Many prompts in batches for the routes, a few one by one for the comparisons.
             number, batch = (None, 16) if row.probe else (12, 1)
-            result = SGLANG.examine(row, server, prompts(row.model)[:number], batch, MAX_TOKENS)
+            result = SGLANG.examine(row, server, asked[row.model][:number], batch, MAX_TOKENS)
             server.stop(grace=0)
             return result
 

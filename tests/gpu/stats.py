@@ -183,41 +183,38 @@ class Trial:
             result[criterion] = {f"top {keep}": _overlap(*scores, keep) for keep in KEEPS}
         return result
 
-    def cost(self) -> None:
-        """Decoding and prefill in turns, on the 20B shape."""
+    def boot(self) -> dict[str, Server]:
+        """Servers of the 20B shape, not yet ready: unpatched, with softprune but without statistics, and ready to collect all modes."""
         gpu = self.engine.on_gpu
         base = self.work / "base"
         if not base.exists():
             synth_checkpoint("gpt-oss-20b" if gpu else "tiny", base, "mxfp4" if gpu else "bf16", seed=0)
-        room = ("--max-total-tokens", "80000") if self.engine.name == "sglang" else ("--max-model-len", "9000")
-        args = room if gpu else ()
+        vllm = ("--max-model-len", "9000", "--kv-cache-memory-bytes", str(4 << 30), "--gpu-memory-utilization", "0.2")
+        args = () if not gpu else ("--max-total-tokens", "80000") if self.engine.name == "sglang" else vllm
         kinds = {"unpatched": (False, ()), "collecting": (True, ("--softprune-stats", "eaft")), "without": (True, ("--softprune-control",))}
-        servers = {name: self.start(name, "base", *args, *more, patched=patched) for name, (patched, more) in kinds.items()}
-        try:
-            for name, server in list(servers.items()):
-                try:
-                    server.wait_ready(max(1.0, self.left - 100))
-                    self.say(f"{name} is up")
-                except ServerError as error:
-                    self.result.setdefault("errors", {})[name] = str(error)[-1500:]
-                    self.say(f"{name}: {str(error)[-1500:]}")
-                    servers.pop(name).stop(grace=0)
-            rows: list[tuple[str, Server, str | None]] = [
-                (name, servers[name], None) for name in ("unpatched", "without") if name in servers
+        return {name: self.start(name, "base", *args, *more, patched=patched) for name, (patched, more) in kinds.items()}
+
+    def cost(self, servers: dict[str, Server]) -> None:
+        """Decoding and prefill in turns."""
+        for name, server in list(servers.items()):
+            try:
+                server.wait_ready(max(1.0, self.left - 100))
+                self.say(f"{name} is up")
+            except ServerError as error:
+                self.result.setdefault("errors", {})[name] = str(error)[-1500:]
+                self.say(f"{name}: {str(error)[-1500:]}")
+                servers.pop(name).stop(grace=0)
+        rows: list[tuple[str, Server, str | None]] = [(name, servers[name], None) for name in ("unpatched", "without") if name in servers]
+        if "collecting" in servers:
+            rows += [
+                ("off", servers["collecting"], None),
+                *((mode, servers["collecting"], mode) for mode in ("router", "reap", "eaft")),
             ]
-            if "collecting" in servers:
-                rows += [
-                    ("off", servers["collecting"], None),
-                    *((mode, servers["collecting"], mode) for mode in ("router", "reap", "eaft")),
-                ]
-            self.result["decode"] = self.turns(rows, self.decode, rounds=5, need=60)
-            self.result["prefill"] = self.turns(rows, self.prefill, rounds=4, need=40)
-            self.result["prefill_logprobs"] = self.turns([rows[0], *rows[-1:]], self.prefill_logprobs, rounds=3, need=30)
-            if "collecting" in servers and self.left > 60:
-                self.result["memory"] = self.growth(servers["collecting"])
-        finally:
-            for server in servers.values():
-                server.stop(grace=0)
+        self.result["decode"] = self.turns(rows, self.decode, rounds=4, need=60)
+        self.result["prefill"] = self.turns(rows, self.prefill, rounds=4, need=40)
+        self.result["prefill_logprobs"] = self.turns([rows[0], *rows[-1:]], self.prefill_logprobs, rounds=3, need=30)
+        if "collecting" in servers and self.left > 60:
+            self.result["memory"] = self.growth(servers["collecting"])
 
     def turns(
         self, rows: list[tuple[str, Server, str | None]], once: Callable[[Server, str], float], rounds: int, need: float
@@ -367,15 +364,18 @@ def main() -> None:
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     trial = Trial(ENGINES[args.what](not args.cpu), args.folder.resolve(), args.seconds)
+    servers = trial.boot() if args.only != "exact" else {}
     try:
         if args.only != "cost":
             trial.exact(args.checkpoint, args.blocks, args.reference)
-        if args.only != "exact":
-            trial.cost()
+        if servers:
+            trial.cost(servers)
     except Exception as error:
         trial.result["error"] = f"{type(error).__name__}: {error}"[-3000:]
         raise
     finally:
+        for server in servers.values():
+            server.stop(grace=0)
         args.out.write_text(json.dumps(trial.result, indent=1) + "\n")
         trial.say("written")
 

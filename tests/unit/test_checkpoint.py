@@ -96,26 +96,34 @@ def test_fingerprint_sees_one_changed_router_bias(models: dict[str, Path], tmp_p
     assert fingerprint_of_checkpoint(tmp_path) != fingerprint_of_checkpoint(models["gpt-oss"])
 
 
-def test_same_seed_same_bytes(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gpt-oss of random weights, seed 1, in BF16."""
+    folder = tmp_path_factory.mktemp("synth") / "gpt-oss"
+    synth_checkpoint("tiny", folder, "bf16", seed=1)
+    return folder
+
+
+def test_same_seed_same_bytes(made: Path, tmp_path: Path) -> None:
     synth_checkpoint("tiny", tmp_path / "again", "bf16", seed=1)
     synth_checkpoint("tiny", tmp_path / "other", "bf16", seed=2)
     file = "model.safetensors"
-    assert (tmp_path / "again" / file).read_bytes() == (models["gpt-oss"] / file).read_bytes()
-    assert (tmp_path / "other" / file).read_bytes() != (models["gpt-oss"] / file).read_bytes()
+    assert (tmp_path / "again" / file).read_bytes() == (made / file).read_bytes()
+    assert (tmp_path / "other" / file).read_bytes() != (made / file).read_bytes()
 
 
-def test_shards_hold_the_same_tensors(models: dict[str, Path], tmp_path: Path) -> None:
+def test_shards_hold_the_same_tensors(made: Path, tmp_path: Path) -> None:
     synth_checkpoint("tiny", tmp_path / "sharded", "bf16", seed=1, max_shard_bytes=3_000_000)
-    whole, sharded = TensorIndex(models["gpt-oss"]), TensorIndex(tmp_path / "sharded")
+    whole, sharded = TensorIndex(made), TensorIndex(tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
     assert all(torch.equal(whole.load(name), sharded.load(name)) for name in whole)
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == whole.num_bytes == sharded.num_bytes
 
 
-def test_a_part_holds_the_bytes_of_the_whole(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_part_holds_the_bytes_of_the_whole(made: Path, tmp_path: Path) -> None:
     synth_checkpoint("tiny", tmp_path / "part", "bf16", seed=1, layers=[2, 0])
-    whole, part = TensorIndex(models["gpt-oss"]), TensorIndex(tmp_path / "part")
+    whole, part = TensorIndex(made), TensorIndex(tmp_path / "part")
     assert {name.split(".")[2] for name in part} == {"0", "2"}
     assert all(torch.equal(whole.load(name), part.load(name)) for name in part)
     assert read_config(tmp_path / "part")["num_hidden_layers"] == 4
@@ -181,12 +189,13 @@ def test_dequantisation_is_that_of_transformers() -> None:
     assert torch.equal(mine.view(torch.int16), reference.contiguous().view(torch.int16))
 
 
-def test_a_dequantised_checkpoint_is_the_bf16_one(models: dict[str, Path], tmp_path: Path) -> None:
-    dequantize_checkpoint(models["gpt-oss-mxfp4"], tmp_path / "out")
-    made, expected = TensorIndex(tmp_path / "out"), TensorIndex(models["gpt-oss"])
-    assert set(made) == set(expected)
-    assert all(torch.equal(made.load(name).view(torch.uint8), expected.load(name).view(torch.uint8)) for name in expected)
-    assert read_config(tmp_path / "out") == read_config(models["gpt-oss"])
+def test_a_dequantised_checkpoint_is_the_bf16_one(made: Path, tmp_path: Path) -> None:
+    synth_checkpoint("tiny", tmp_path / "mxfp4", "mxfp4", seed=1)
+    dequantize_checkpoint(tmp_path / "mxfp4", tmp_path / "out")
+    found, expected = TensorIndex(tmp_path / "out"), TensorIndex(made)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found.load(name).view(torch.uint8), expected.load(name).view(torch.uint8)) for name in expected)
+    assert read_config(tmp_path / "out") == read_config(made)
     assert (tmp_path / "out" / "tokenizer.json").exists()
     with pytest.raises(CheckpointError, match="expected an MXFP4 checkpoint"):
-        dequantize_checkpoint(models["gpt-oss"], tmp_path / "twice")
+        dequantize_checkpoint(made, tmp_path / "twice")
