@@ -90,11 +90,14 @@ def test_rows_of_large_steps_are_measured_within_their_layers(attribution: str, 
 def test_a_captured_step_of_more_rows_than_it_can_keep_says_what_was_lost(tmp_path: Path) -> None:
     engine = SampledEngine()
     engine.start()
-    engine.step(*[(Request(f"r{i}"), 0, 1) for i in range(STEP_ROWS + 6)], captured=True)
+    engine.collector.tag_number("last")
+    for i in range(10):
+        engine.step(*[(Request(f"r{row}", int(row >= STEP_ROWS)), i, 1) for row in range(STEP_ROWS + 6)], captured=True)
     found = engine.file(tmp_path)
-    assert (found["reap.count"].sum((0, 2)) == STEP_ROWS * TOP_K).all()
-    assert (found["router.count"].sum((0, 1, 3)) == (STEP_ROWS + 6) * TOP_K).all()
-    assert engine.collector.status()["lost_samples"] == 6
+    assert (found["reap.count"].sum((0, 2)) == 10 * STEP_ROWS * TOP_K).all()
+    assert (found["reap.count"][1].sum(-1) > 30 * TOP_K).all()  # the last rows are lost no more often than others
+    assert (found["router.count"].sum((0, 1, 3)) == 10 * (STEP_ROWS + 6) * TOP_K).all()
+    assert engine.collector.status()["lost_samples"] == 60
 
 
 def test_a_switch_keeps_masks_apart(tmp_path: Path) -> None:
