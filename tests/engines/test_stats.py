@@ -413,7 +413,7 @@ def test_packs_are_replayed(engine: Engine, tmp_path: Path) -> None:
         assert tokens.cached == 0
         assert tokens.decode <= engine.surplus * blocks
         assert (found["router.count"][found.tag_index(tag), 0].sum(-1) == blocks * seq_len * top_k).all()
-        keep = load([packs[tag]], str(TINY / "tokenizer"), seq_len, blocks)[tag].keep
+        keep = load([packs[tag]], engine.client.status()["model"], seq_len, blocks)[tag].keep
         drawn = blocks if engine.name == "vllm" else 0  # one token each, where there has to be an answer
         assert found["eaft.hist"][found.tag_index(tag)].sum((1, 2)).tolist() == [keep[:, 1:].sum(), drawn]
         sampled = found["reap.count"][found.tag_index(tag)].sum(-1)
