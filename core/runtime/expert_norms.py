@@ -45,8 +45,8 @@ class Routed:
         return cls(ids, gates, stack([layer.norms for layer in layers]), stack([layer.shadow for layer in layers]))
 
     def first(self, rows: int) -> Routed:
-        """The first rows of every layer."""
-        tensors = (None if tensor is None else tensor[:, :rows] for tensor in (self.ids, self.gates, self.norms, self.shadow))
+        """The first rows, of each layer if there are several."""
+        tensors = (None if tensor is None else tensor[..., :rows, :] for tensor in (self.ids, self.gates, self.norms, self.shadow))
         return Routed(*tensors)  # type: ignore[arg-type]
 
     def to_host(self) -> Routed:

@@ -219,7 +219,8 @@ class Sampler:
         within = len(found) > STEP_ROWS
         self._inline = None
         if within:
-            described = torch.from_numpy(found)
+            # Kernels are compiled anew for numbers of rows that are no multiples of 16: the last row stands in for some more.
+            described = torch.from_numpy(np.pad(found, (0, -len(found) % STEP_ROWS), mode="edge"))
             if self._slab.hidden.is_cuda:
                 described = described.pin_memory()
             self._inline = described.to(self._slab.hidden.device, non_blocking=True)
@@ -246,7 +247,8 @@ class Sampler:
             self._slab.take(layer, hidden, logits)
         else:
             width = self._slab.hidden.shape[-1]
-            step.layers[layer] = self._routed(layer, hidden[self._inline, :width], logits[self._inline])
+            found = self._routed(layer, hidden[self._inline, :width], logits[self._inline])
+            step.layers[layer] = found.first(len(step.rows))
 
     def has(self, spans: Sequence[Span]) -> None:
         """The step has these requests' tokens, in the order of its rows."""
