@@ -128,7 +128,7 @@ class Sampler:
         self._slab = SampleSlab(num_layers, num_experts, hidden_size, device, dtype)
         self._records = TokenRecords(2 * max_rows + _WAITING_TOKENS, device)  # a row may be scored as given, not to count, and as drawn
         self._sums: dict[str | None, SampledSums] = {}
-        self._sampling = Sampling(1)
+        self._sampling, self._starts = Sampling(1), 0
         self._mask: str | None = None
         self._step: _Step | None = None
         self._inline: torch.Tensor | None = None
@@ -171,7 +171,8 @@ class Sampler:
     def start(self, settings: Settings, mask: str | None) -> None:
         """Sample from the next step on; sums go to those of a mask."""
         self.settings, self._mask, self._started = settings, mask, True
-        self._sampling = Sampling(settings.sample)
+        self._starts += 1
+        self._sampling = Sampling(settings.sample, seed=self._starts)  # not the same places in each part of a collection
         self._last.clear()  # predictions under another mask
 
     @torch.inference_mode()
