@@ -15,6 +15,7 @@ import pytest
 
 from softprune.bench.server import free_port
 from softprune.checkpoint.families import read_config, spec_of
+from softprune.checkpoint.rewrite import rewrite
 from softprune.mask import ExpertMask
 from softprune.mask_forms import build
 from tests.conftest import Evidence, random_mask, saved
@@ -33,7 +34,6 @@ from tests.engines.sglang_harness import (
 )
 from tests.gpu import compare
 from tests.gpu.engines import Row
-from tests.slicing import slice_checkpoint
 
 pytestmark = pytest.mark.engine
 STABLE = {"SOFTPRUNE_TEST_STABLE_TOPK": "1"}
@@ -77,12 +77,12 @@ def masks(models: dict[str, Path]) -> dict[str, ExpertMask]:
 
 @pytest.fixture(scope="module")
 def work(models: dict[str, Path], masks: dict[str, ExpertMask], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and the sliced ones, side by side."""
+    """Models and what `rewrite` makes of them, side by side."""
     assert PYTHON.exists(), "no SGLang environment; `make setup` makes it"
     folder = tmp_path_factory.mktemp("sglang")
     for name in ("gpt-oss", "qwen3-moe"):
         (folder / name).symlink_to(models[name])
-        slice_checkpoint(models[name], masks[name], folder / f"{name} sliced")
+        rewrite(models[name], masks[name], folder / f"{name} sliced")
     return folder
 
 

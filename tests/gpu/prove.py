@@ -21,12 +21,12 @@ from softprune.bench.decode import Workload, measure
 from softprune.bench.server import Server, ServerError, free_port
 from softprune.checkpoint.families import read_config, spec_of
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
+from softprune.checkpoint.rewrite import rewrite
 from softprune.checkpoint.synth import synth_checkpoint
 from softprune.mask_forms import build
 from tests.conftest import random_mask, random_prompts, saved
 from tests.gpu import compare
 from tests.gpu.engines import ENGINES, Engine, Row, versions
-from tests.slicing import slice_checkpoint
 
 PROMPT_TOKENS, MAX_TOKENS, BATCH = 128, 4, 32
 ROUNDS = 3
@@ -64,7 +64,7 @@ class Proof:
         }
         for name, mask in (("sliced", "keep24"), ("sliced16", "keep16")):
             if not speed_only and not (self.work / name).exists():
-                slice_checkpoint(base, masks[mask], self.work / name)
+                rewrite(base, masks[mask], self.work / name, verify=False)
         self.masks = {name: saved(mask, self.work / f"{name}.json") for name, mask in masks.items()}
 
     def rows(self) -> list[Row]:
