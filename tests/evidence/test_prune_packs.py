@@ -47,8 +47,8 @@ def test_one_command(tmp_path: Path, evidence: Evidence) -> None:
     statistics = read(tmp_path / "out.stats.safetensors")
     assert statistics.header.model.fingerprint == fingerprint_of_checkpoint(WEIGHTS)
     assert [statistics.header.tokens[pack.stem].prefill for pack in PACKS] == [BLOCKS * 1024] * 2
-    # Transformers ranks by the same packs as the engine does, but for BF16.
-    exact, _ = collect(load_reference(WEIGHTS), model_of_checkpoint(WEIGHTS), load(PACKS, str(WEIGHTS), 1024, BLOCKS))
+    # Transformers ranks by the same packs as the engine does, every token counted by `reap`, but for BF16.
+    exact, _ = collect(load_reference(WEIGHTS), model_of_checkpoint(WEIGHTS), load(PACKS, str(WEIGHTS), 1024, BLOCKS), reap_everywhere=True)
     shares = {}
     for method in ("reap_sum", "eaft_reap"):
         a, b = (rank(one, method).values for one in (statistics, exact))
