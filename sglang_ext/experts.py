@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from softprune.runtime.blocks import MoeLayer
-from softprune.runtime.expert_norms import Experts
+from softprune.runtime.expert_norms import Experts, leaving_no_choice
 from softprune.sglang_ext import seams
 
 
@@ -29,9 +29,7 @@ def single_experts(layers: Sequence[MoeLayer], num_experts: int) -> Experts:
 
     def run(layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         topk, config, experts = blocks[layer]
-        # Logits that leave no choice, and one expert to be chosen by them.
-        logits = torch.full((len(ids), num_experts), -torch.inf, dtype=hidden.dtype, device=hidden.device)
-        logits.scatter_(1, ids[:, None], 0.0)
+        logits = leaving_no_choice(ids, num_experts, hidden.dtype)
         served, config.top_k = config.top_k, 1
         try:
             # Past the module's hooks, among which is the route probe's.

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from softprune.errors import RefusedError
 from softprune.runtime.blocks import MoeLayer
-from softprune.runtime.expert_norms import Experts
+from softprune.runtime.expert_norms import Experts, leaving_no_choice
 from softprune.vllm_ext import seams
 
 _Run = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -51,8 +51,7 @@ def _selecting(layer: MoeLayer, routed: Any, num_experts: int) -> _Run:
         raise RefusedError(f"{layer.name}: --softprune-stats: {type(kernel).__name__} is not told how many experts to select")
 
     def run(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        logits = torch.full((len(ids), num_experts), -torch.inf, dtype=hidden.dtype, device=hidden.device)
-        logits.scatter_(1, ids[:, None], 0.0)
+        logits = leaving_no_choice(ids, num_experts, hidden.dtype)
         served, kernel.topk = kernel.topk, 1
         try:
             output: torch.Tensor = routed.forward_monolithic(x=hidden, router_logits=logits)

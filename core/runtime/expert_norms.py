@@ -66,12 +66,24 @@ def routed(layer: int, hidden: torch.Tensor, logits: torch.Tensor, top_k: int, e
     """
     ids, gates = chosen_experts(logits.float(), top_k)
     norms = None
-    if experts is not None and len(hidden):
+    if experts is not None:
         outputs = experts(layer, hidden.repeat_interleave(top_k, 0), ids.flatten())
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32).view_as(gates)
-    elif experts is not None:
-        norms = torch.zeros_like(gates)
     return Routed(ids.to(torch.int16), gates, norms)
+
+
+def leaving_no_choice(ids: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """Router logits by which a kernel that selects one expert a row selects these.
+
+    Args:
+        ids: int64 [n].
+        num_experts: of the layer.
+        dtype: of the logits.
+
+    Returns:
+        [n, num_experts]: 0 where the id is, -inf elsewhere.
+    """
+    return torch.full((len(ids), num_experts), -torch.inf, dtype=dtype, device=ids.device).scatter_(1, ids[:, None], 0.0)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -424,8 +424,7 @@ class Sampler:
                 scores = np.full((len(rows.records), 3), np.nan, np.float32)
                 kinds = np.zeros(len(rows.records), np.int64)
                 for tokens, of_token in (self._before, (batch.tokens, batch.token_kinds)):
-                    tokens.look_up(rows.records, scores)
-                    here = (rows.records >= tokens.first) & (rows.records < tokens.first + len(tokens.values))
+                    here = tokens.look_up(rows.records, scores)
                     kinds[here] = of_token[rows.records[here] - tokens.first]
                 self.lost += batch.sums.add_rows(found, rows.tags, kinds, scores)
             self._before = batch.tokens, batch.token_kinds

@@ -23,10 +23,15 @@ class Fetched:
     first: int
     values: torch.Tensor
 
-    def look_up(self, numbers: NDArray[np.int64], into: NDArray[np.float32]) -> None:
-        """Put the scores of those numbers that are here into the rows [len(numbers), 3] of `into`; they have to have arrived."""
+    def look_up(self, numbers: NDArray[np.int64], into: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Put the scores of those numbers that are here into the rows [len(numbers), 3] of `into`; they have to have arrived.
+
+        Returns:
+            bool [len(numbers)]: which are here.
+        """
         here = (numbers >= self.first) & (numbers < self.first + len(self.values))
         into[here] = self.values.numpy()[numbers[here] - self.first]
+        return here
 
 
 class TokenRecords:
