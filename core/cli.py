@@ -28,6 +28,7 @@ from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
 from softprune.ranking.cli import rank_command
 from softprune.recipe import cli as recipe_cli
+from softprune.report.cli import report_command
 from softprune.report.keep_map import keep_map
 from softprune.report.progress import tensor_progress
 from softprune.report.sizes import readable
@@ -67,6 +68,7 @@ app.command("lock")(recipe_cli.lock_command)
 app.command("rewrite")(rewrite_cli.rewrite_command)
 app.command("verify")(rewrite_cli.verify_command)
 app.command("plan")(rewrite_cli.plan_command)
+app.command("report")(report_command)
 console = Console(highlight=False)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]
