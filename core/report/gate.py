@@ -16,14 +16,15 @@ from softprune.report.table import Cell, Table
 
 META = (
     ("engine", "engine"), ("engine's version", "sglang_version", "vllm_version"), ("GPU", "gpu_name"),
-    ("blocks of each pack", "num_blocks"), ("form of blocks", "softprune.block_form"), ("tokenizer", "softprune.tokenizer_sha256"), ("top tokens of H", "entropy_topk"),
+    ("blocks of each pack", "num_blocks"), ("form of blocks", "softprune.block_form"), ("tokenizer", "softprune.tokenizer_sha256"),
+    ("top tokens of H", "entropy_topk"),
     ("confident-conflict quantile", "cc_quantile"), ("bins of p", "hist_xbins"), ("bins of H", "hist_ybins"), ("scale of p", "prob_scale"),
     ("date", "softprune.date"),
 )  # fmt: skip
 """Lines of the table of what was compared, and keys of an evaluation's meta."""
 NOTE_JS2D = (
     "JS2D is the Jensen-Shannon divergence of the two planes in nats. Few tokens alone make it larger: bias is that part, corrected is the "
-    "rest. Intervals are 95 %, from drawing blocks."
+    "rest. Intervals are 95 %: of differences from drawing blocks anew, of JS2D from halves of the blocks."
 )
 
 
@@ -60,7 +61,7 @@ def gate_section(
 
 
 def _checks(caption: str, of: list[Row]) -> Table | None:
-    rows = [
+    rows: list[list[Cell | str]] = [
         [
             Cell(verdict.metric(check), row.name), Cell("pass" if check.passed else "FAIL", mark="pass" if check.passed else "fail"),
             verdict.value(check), verdict.limit(check), check.note,

@@ -64,9 +64,8 @@ def _frame(height: float) -> Markup:
 def _ticks(layers: int, experts: int, w: float, h: float, height: float) -> Markup:
     marks = []
     for expert in range(0, experts, _every(experts, 8)):
-        marks.append(
-            svg.element("text", str(expert), x=LEFT + (expert + 0.5) * w, y=TOP + height + 13, text_anchor="middle", class_="tick")
-        )
+        x = LEFT + (expert + 0.5) * w
+        marks.append(svg.element("text", str(expert), x=x, y=TOP + height + 13, text_anchor="middle", class_="tick"))
     for layer in range(0, layers, _every(layers, max(1, int(height / 24)))):
         marks.append(svg.element("text", str(layer), x=LEFT - 5, y=TOP + (layer + 0.5) * h + 3.5, text_anchor="end", class_="tick"))
     marks.append(svg.element("text", "expert", x=(LEFT + WIDTH - RIGHT) / 2, y=TOP + height + 28, text_anchor="middle", class_="axis"))

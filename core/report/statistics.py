@@ -109,9 +109,8 @@ def _tag_heatmaps(statistics: Statistics) -> list[Figure]:
     if len(tags) < 2:
         return []
     shown = [(tag, relative_shares(selections_of(statistics, tag))) for tag in tags]
-    return [
-        Figure(tag, heatmap(values, _words(f"{tag}, selections", values), "times an even share", titles=False)) for tag, values in shown
-    ]
+    unit = "times an even share"
+    return [Figure(tag, heatmap(values, _words(f"{tag}, selections", values), unit, titles=False)) for tag, values in shown]
 
 
 def _words(title: str, values: NDArray[Any]) -> str:

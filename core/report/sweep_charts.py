@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import geometric_mean
 
 from markupsafe import Markup
 
@@ -31,9 +31,8 @@ def ppl_chart(cells: Sequence[SweepCell], base: Evaluation | None) -> Figure | N
     level = _base_ppl(base, name)
     ppls = [ppl for _, _, ppl in found] + ([level] if level else [])
     keeps = tuple(float(keep) for keep in sorted({keep for _, keep, _ in found}))
-    frame = Frame(
-        Axis.around("experts kept a layer", keeps, False, keeps if len(keeps) <= MOST_TICKS else ()), Axis.around(f"PPL, {name}", ppls)
-    )
+    across = Axis.around("experts kept a layer", keeps, False, keeps if len(keeps) <= MOST_TICKS else ())
+    frame = Frame(across, Axis.around(f"PPL, {name}", ppls))
     marks = [frame.axes()]
     if level:
         marks.append(frame.across(level, "level", f"base, {number(level)}"))
@@ -42,12 +41,10 @@ def ppl_chart(cells: Sequence[SweepCell], base: Evaluation | None) -> Figure | N
         for cell, keep, ppl in found:
             if cell.method == method:
                 by_keep[keep].append(ppl)
-        spread = [(float(keep), min(ppls), max(ppls)) for keep, ppls in sorted(by_keep.items())]
+        spread = [(float(keep), min(values), max(values)) for keep, values in sorted(by_keep.items())]
         if any(low < high for _, low, high in spread):
             marks.append(frame.band(spread, colour))
-        marks.append(
-            frame.line([(keep, math.exp(math.fsum(map(math.log, ppls)) / len(ppls))) for keep, ppls in sorted(by_keep.items())], colour)
-        )
+        marks.append(frame.line([(float(keep), geometric_mean(values)) for keep, values in sorted(by_keep.items())], colour))
     marks += [_dot(frame, float(keep), ppl, cell, colours[cell.method], name) for cell, keep, ppl in found]
     words = f"PPL on {name} against experts kept, by method" + ("; filled points pass" if any(cell.verdict for cell in cells) else "")
     return Figure(words, frame.drawn(words, *marks), _key(colours, level is not None))
@@ -60,9 +57,7 @@ def speed_chart(cells: Sequence[SweepCell], base: Evaluation | None) -> Figure |
     if not found:
         return None
     level = _base_ppl(base, name)
-    speeds = [
-        value for _, decode, _ in found for value in (decode.over_base, decode.low or decode.over_base, decode.high or decode.over_base)
-    ]
+    speeds = [value for _, decode, _ in found for value in (decode.low, decode.over_base, decode.high) if value is not None]
     ppls = [ppl for _, _, ppl in found] + ([level] if level else [])
     frame = Frame(Axis.around("decode speed over the base's", [*speeds, 1.0], False), Axis.around(f"PPL, {name}", ppls))
     marks = [frame.axes()]

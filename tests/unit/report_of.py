@@ -53,8 +53,9 @@ def document(
         "fingerprint": MODEL.fingerprint, "mask": mask, "num_kept": None if kept is None else [kept] * 3, "tokenizer_sha256": "b" * 64,
         "block_form": "L", "vocabulary_size": 1200,
     }  # fmt: skip
+    files = sorted({f"{pack}.parquet" for pack, _ in rows if pack != "UNION"})
     meta = {
-        "dataset_repo": None, "pack_files": [f"{pack}.parquet" for pack, _ in rows if pack != "UNION"], "model_id": label, "model_path": "tiny",
+        "dataset_repo": None, "pack_files": files, "model_id": label, "model_path": "tiny",
         "gpu_type": None, "gpu_name": None, "gpu_sm": None, "torch": "2.13.0", "vllm_version": "0.32.0", "transformers_version": "5.0",
         "engine": "vllm", "top_k": 4, "entropy_topk": 20, "cc_quantile": 0.15, "num_blocks": blocks, "batch_size": 8,
         "hist_xbins": 160, "hist_ybins": 120, "prob_scale": "linear", "logp_min": -12.0, "logp_max": 0.0, "sample_points": 50,
@@ -100,8 +101,9 @@ def sweep(
                 result = gate_file(base, candidate, folder / f"{name}.gate.json")
                 ppl = {f"{row['pack']}@{row['seq_len']}": row["candidate"]["ppl"] for row in result["rows"]}
                 ratio = 1 + (32 - keep) * 0.012 + 0.002 * factor
+                label = f"{method} keep {keep}" + ("" if seed is None else f" seed {seed}")
                 cells.append({
-                    "label": f"{method} keep {keep}" + ("" if seed is None else f" seed {seed}"), "method": method, "keep": keep, "seed": seed,
+                    "label": label, "method": method, "keep": keep, "seed": seed,
                     "mask": f"masks/{name}.json", "mask_hash": digest, "evaluation": candidate.name, "gate": f"{name}.gate.json",
                     "verdict": result["verdict"], "ppl": ppl, "rel_ppl": result["rows"][0]["delta"]["rel_ppl"]["value"],
                     "decode": {"batch": 8, "tok_s": 410.0 * ratio, "over_base": ratio, "low": ratio - 0.015, "high": ratio + 0.02},
