@@ -64,7 +64,7 @@ def _checks(caption: str, of: list[Row]) -> Table | None:
     rows: list[list[Cell | str]] = [
         [
             Cell(verdict.metric(check), row.name), Cell("pass" if check.passed else "FAIL", mark="pass" if check.passed else "fail"),
-            verdict.value(check), verdict.limit(check), check.note,
+            verdict.value(check), verdict.limit(check), Cell(check.note, mark="long"),
         ]
         for row in of
         for check in row.checks

@@ -43,7 +43,7 @@ def path(points: Iterable[tuple[float, float]], closed: bool = False, **attribut
 def picture(width: float, height: float, label: str, *marks: Markup, class_: str = "chart") -> Markup:
     """A drawing; `label` says in words what it shows, for those who cannot see it."""
     return element(
-        "svg", *marks, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {_text(width)} {_text(height)}", role="img",
+        "svg", *marks, viewBox=f"0 0 {_text(width)} {_text(height)}", role="img",
         aria_label=label, class_=class_,
     )  # fmt: skip
 

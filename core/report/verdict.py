@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from softprune.report.documents import Check, Gate, Row
 from softprune.report.numbers import fixed, number, plural, points, shortened_hashes, signed, signed_percent
 from softprune.report.page import Summary
@@ -39,8 +41,7 @@ def summary(gate: Gate) -> Summary:
     sides = f"{gate.candidate.label} against {gate.base.label}"
     if gate.verdict in ("INVALID", "INCOMPLETE"):
         lead = "cannot be compared" if gate.verdict == "INVALID" else "cannot be judged yet"
-        more = f" (and {plural(len(gate.problems) - 1, 'more reason')})" if len(gate.problems) > 1 else ""
-        return Summary(gate.verdict, f"{sides} {lead}: {shortened_hashes(gate.problems[0]) if gate.problems else 'no reason given'}{more}")
+        return Summary(gate.verdict, f"{sides} {lead}: {_reasons(gate.problems)}")
     checked = [(row, check) for row in gate.rows if row.judged for check in row.checks]
     failed = [(row, check) for row, check in checked if not check.passed]
     head = _perplexity(gate.primary)
@@ -51,6 +52,16 @@ def summary(gate: Gate) -> Summary:
     shown = "; ".join(_said(*pair) for pair in sorted(failed, key=lambda pair: -_used(pair[1]))[:2])
     rest = f"; and {len(failed) - 2} more" if len(failed) > 2 else ""
     return Summary("FAIL", f"{sides}: {len(failed)} of {plural(len(checked), 'check')} of {gate.gates.name} fail. {head} {shown}{rest}.")
+
+
+def _reasons(problems: list[str]) -> str:
+    """What differs, by the names of the fields, which stand before the colon; else the first problem."""
+    fields = [re.match(r"[^:]*\.(\w+): ", problem) for problem in problems]
+    names = list(dict.fromkeys(field[1] for field in fields if field is not None))
+    if names and all(fields):
+        return f"they differ in {', '.join(names)}. Every place is listed below."
+    more = f" (and {plural(len(problems) - 1, 'more reason')})" if len(problems) > 1 else ""
+    return f"{shortened_hashes(problems[0]) if problems else 'no reason given'}{more}"
 
 
 def _perplexity(row: Row | None) -> str:

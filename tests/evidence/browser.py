@@ -96,7 +96,7 @@ async def _look(devtools: str, url: str, width: int, height: int, scheme: str, s
                 events.append(await socket.receive_json(timeout=60))
 
             async def value(script: str) -> Any:
-                return (await call("Runtime.evaluate", expression=script, returnByValue=True))["result"].get("value")
+                return (await call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True))["result"].get("value")
 
             values = [await value(script) for script in scripts]
             widths = await value("[document.documentElement.scrollWidth, window.innerWidth]")

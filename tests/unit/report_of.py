@@ -85,11 +85,15 @@ def mask(kept: int = 8) -> ExpertMask:
 
 
 def sweep(
-    folder: Path, keeps: tuple[int, ...] = (28, 24, 20, 16), methods: tuple[str, ...] = ("reap", "eaft_reap", "random"), seeds: int = 1
+    folder: Path,
+    keeps: tuple[int, ...] = (28, 24, 20, 16),
+    methods: tuple[str, ...] = ("reap", "eaft_reap", "random"),
+    seeds: int = 1,
+    **size: Any,
 ) -> Path:
-    """A sweep's folder: every evaluation and gate in it, `random` once for each seed."""
+    """A sweep's folder: every evaluation and gate in it, `random` once for each seed; `size` as of `document`."""
     folder.mkdir(parents=True, exist_ok=True)
-    base = written(folder / "base.json", "tiny")
+    base = written(folder / "base.json", "tiny", **size)
     cells = []
     for factor, method in enumerate(methods, 1):
         for keep in keeps:
@@ -97,7 +101,7 @@ def sweep(
                 name = f"{method}-{keep}" + ("" if seed is None else f"-{seed}")
                 digest = digest_of(name.encode())
                 harm = HARM[keep] * factor * (1 + 0.2 * (seed or 0))
-                candidate = written(folder / f"{name}.json", name, harm, seed or 0, mask=digest, kept=keep)
+                candidate = written(folder / f"{name}.json", name, harm, seed or 0, mask=digest, kept=keep, **size)
                 result = gate_file(base, candidate, folder / f"{name}.gate.json")
                 ppl = {f"{row['pack']}@{row['seq_len']}": row["candidate"]["ppl"] for row in result["rows"]}
                 ratio = 1 + (32 - keep) * 0.012 + 0.002 * factor
