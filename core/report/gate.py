@@ -57,7 +57,7 @@ def gate_section(
         thresholds=gate.gates.name,
         valid=gate.verdict != "INVALID",
     )
-    return found, Section(id_, title, body)
+    return found, Section(id_, title, body, found.badge)
 
 
 def _checks(caption: str, of: list[Row]) -> Table | None:
