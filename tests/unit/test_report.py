@@ -177,6 +177,17 @@ def test_a_pair_shows_every_row_and_check(folder: Path) -> None:
     assert page.text.count("share of tokens in a cell") == 2 * len(gate["rows"])
 
 
+def test_planes_of_other_axes_stand_side_by_side_and_are_not_subtracted(folder: Path, tmp_path: Path) -> None:
+    log = report_of.written(tmp_path / "log.json", "other axes", scale="log", **SMALL)
+    page = Page(report([folder / "base.json", log]))
+    assert page.badges == ["INVALID"]
+    assert "they differ in prob_scale" in page.text
+    assert page.text.count("log10 p of the reference token") == page.text.count("share of tokens in a cell") / 2 == 3
+    assert ["scale of p", "linear", "log"] in page.rows
+    assert "candidate less base" not in page.text
+    assert "log10 p of the reference token" in Page(report([log])).text
+
+
 def test_a_gate_given_is_used_as_it_is(folder: Path, tmp_path: Path) -> None:
     gate = json.loads((folder / "fail.gate.json").read_text())
     gate["gates"]["name"] = "my own gates"
