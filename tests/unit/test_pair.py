@@ -62,7 +62,9 @@ def test_what_is_near_passes_and_what_is_far_fails() -> None:
 
 
 def test_differences_are_those_of_the_files() -> None:
-    result, one, other = far(), of(BASE, "b").cell("UNION", 1024), of(FAR, "c").cell("UNION", 1024)
+    documents = [document(shift, rows=(("UNION", 1024),), tokens=300) for shift in (0.0, 0.8)]
+    result = verdict(*documents)
+    one, other = (of(side, "e").cell("UNION", 1024) for side in documents)
     delta = {name: interval.value for name, interval in result.rows[0].delta.items()}
     for name in ("ppl", "mean_prob", "mean_entropy", "cc_rate"):
         assert delta[name] == other.metrics[name] - one.metrics[name]
