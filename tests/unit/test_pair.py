@@ -79,6 +79,10 @@ def test_differences_are_those_of_the_files() -> None:
     assert result.rows[0].candidate["cc_rate_base_thr"] == pytest.approx(rates[1])
     assert rates[0] == one.metrics["cc_rate"]
     assert delta["cc_rate_base_thr"] != pytest.approx(delta["cc_rate"])
+    for interval in result.rows[0].delta.values():
+        assert interval.low is not None
+        assert interval.high is not None
+        assert interval.low < interval.value < interval.high
 
 
 def test_draws_are_what_repeated_blocks_give() -> None:
