@@ -83,15 +83,18 @@ def landscapes(shown: list[Landscape]) -> list[Figure]:
 
 
 def difference(base: Landscape, candidate: Landscape) -> Figure:
-    """Where the candidate's tokens lie and the base's do not; opacity grows with the logarithm of the difference in tokens."""
+    """Where the candidate has more tokens and where fewer; opacity grows with the logarithm of the difference.
+
+    The caption has the total variation, half of the sum of all differences: at least so many tokens lie in other cells.
+    """
     change = candidate.share - base.share
     tokens = min(int(base.counts.sum()), int(candidate.counts.sum()))
     size = np.log1p(np.abs(change) * tokens)
     largest, moved = float(size.max()), float(np.abs(change).sum() / 2)
-    words = f"{candidate.title} less {base.title}: {percent(moved)} of the tokens lie in other cells"
+    words = f"{candidate.title} less {base.title}: total variation {percent(moved)}"
     uri = data_uri(_upright(signed_shades(np.sign(change) * size, largest)), diverging())
     ends = tuple(number(sign * float(np.expm1(largest)) / tokens * 100, 2) + " %" for sign in (-1, 1))
-    title = f"difference: {percent(moved)} of tokens moved"
+    title = f"difference, total variation {percent(moved)}"
     return Figure(title, _drawn(base, uri, words, "diverging", (ends[0], "candidate less base", f"+{ends[1]}")))
 
 
