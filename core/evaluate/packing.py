@@ -119,6 +119,16 @@ def union(packs: Sequence[Iterable[str]]) -> Iterator[str]:
                 open_packs.remove(pack)
 
 
+def shuffled(rows: Iterable[str], seed: int) -> Iterator[str]:
+    """Rows in another order, which the seed and each row's text decide (spec/metrics.md 3.4); holds all of them in memory.
+
+    Args:
+        rows: conversations.
+        seed: of the order; another seed puts other rows into the first blocks.
+    """
+    return iter(sorted(rows, key=lambda text: hashlib.blake2b(f"{seed}\n{text}".encode(errors="ignore"), digest_size=8).digest()))
+
+
 def encode_row(text: str, tokenizer: Any) -> Row:
     """Tokenise one conversation and mark what the assistant wrote.
 
