@@ -25,6 +25,7 @@ from softprune.checkpoint.headers import TensorIndex
 from softprune.checkpoint.presets import PRESETS
 from softprune.errors import CheckpointError, MaskError, SoftpruneError
 from softprune.evaluate import cli as evaluate_cli
+from softprune.evaluate.gate_cli import gate_command
 from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
 from softprune.ranking.cli import rank_command
@@ -62,6 +63,7 @@ app.add_typer(stats_app, name="stats")
 app.command("selftest")(selftest)
 app.command("rank")(rank_command)
 app.command("select")(select_command)
+app.command("gate")(gate_command)
 app.command("prune")(recipe_cli.prune_command)
 app.command("run")(recipe_cli.run_command)
 app.command("lock")(recipe_cli.lock_command)

@@ -145,7 +145,7 @@ class Accumulator:
         counts = np.bincount(cells, minlength=plane.xbins * plane.ybins).reshape(plane.xbins, plane.ybins)
         hist_x, hist_h = counts.sum(1), counts.sum(0)
         x_thr, h_thr = (quantile(hist, edges, settings.cc_quantile) for hist, edges in ((hist_x, plane.x_edges), (hist_h, plane.y_edges)))
-        quadrants = confident_conflict(counts, plane, x_thr, h_thr)
+        quadrants = confident_conflict(counts, plane.low_bins(x_thr, h_thr))
         sums = np.asarray(self._sums)
         mean_nll, mean_square, mean_prob, mean_entropy = (float(mean) for mean in sums.sum(0) / number)
         low, high = plane.x_range

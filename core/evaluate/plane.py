@@ -73,13 +73,21 @@ class Plane:
         """
         return (bin_of(x, self.x_edges) * self.ybins + bin_of(entropy, self.y_edges)).astype(np.uint16)
 
+    def low_bins(self, x_threshold: float, h_threshold: float) -> tuple[int, int]:
+        """Last bins of x and of H that are low: those whose middle does not lie above the threshold."""
+        found = [
+            int(np.searchsorted((edges[:-1] + edges[1:]) / 2, threshold, "right")) - 1
+            for edges, threshold in ((self.x_edges, x_threshold), (self.y_edges, h_threshold))
+        ]
+        return found[0], found[1]
+
     def coarse(self, cells: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """Flat index of the cells' places on the plane of `COARSE` times fewer bins a side."""
         ix, iy = np.divmod(np.asarray(cells, np.int64), self.ybins)
         return np.asarray(ix // COARSE * -(-self.ybins // COARSE) + iy // COARSE, np.int64)
 
 
-def quantile_bin(counts: NDArray[np.int64], q: float) -> NDArray[np.int64]:
+def quantile_bin(counts: NDArray[np.int64] | NDArray[np.float64], q: float) -> NDArray[np.int64]:
     """Index of the first bin where the cumulative count reaches q of the total (spec/metrics.md 1.6).
 
     Args:
@@ -95,24 +103,19 @@ def quantile(counts: NDArray[np.int64], edges: NDArray[np.float64], q: float) ->
     return float(edges[int(quantile_bin(counts, q)) + 1] if counts.any() else edges[0])
 
 
-def confident_conflict(counts: NDArray[np.int64], plane: Plane, x_threshold: float, h_threshold: float) -> dict[str, int]:
+def confident_conflict(counts: NDArray[np.int64], bins: tuple[int, int]) -> dict[str, int]:
     """Tokens in the four quadrants of two thresholds.
 
     Args:
         counts: [xbins, ybins].
-        plane: its axes.
-        x_threshold, h_threshold: whole bins whose middle does not lie above them are low.
+        bins: from `Plane.low_bins`.
 
     Returns:
         LL, LH, HL and HH: first p, then H, Low or High; LL are the confident conflicts.
     """
-    x_low = (plane.x_edges[:-1] + plane.x_edges[1:]) / 2 <= x_threshold
-    h_low = (plane.y_edges[:-1] + plane.y_edges[1:]) / 2 <= h_threshold
-    return {
-        x_name + h_name: int(counts[np.ix_(x, h)].sum())
-        for x_name, x in (("L", x_low), ("H", ~x_low))
-        for h_name, h in (("L", h_low), ("H", ~h_low))
-    }
+    x, height = bins[0] + 1, bins[1] + 1
+    parts = {"LL": counts[:x, :height], "LH": counts[:x, height:], "HL": counts[x:, :height], "HH": counts[x:, height:]}
+    return {name: int(part.sum()) for name, part in parts.items()}
 
 
 def encode_cells(cells: NDArray[np.uint16]) -> str:
