@@ -30,7 +30,7 @@ setup(
     python_requires=">=3.10",
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"softprune": ["py.typed"]},
+    package_data={"softprune": ["py.typed"], "softprune.evaluate": ["gates/*.json"]},
     install_requires=[
         "torch>=2.9",
         "numpy",

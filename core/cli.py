@@ -24,6 +24,8 @@ from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.checkpoint.headers import TensorIndex
 from softprune.checkpoint.presets import PRESETS
 from softprune.errors import CheckpointError, MaskError, SoftpruneError
+from softprune.evaluate import cli as evaluate_cli
+from softprune.evaluate.gate_cli import gate_command
 from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
 from softprune.ranking.cli import rank_command
@@ -61,12 +63,14 @@ app.add_typer(stats_app, name="stats")
 app.command("selftest")(selftest)
 app.command("rank")(rank_command)
 app.command("select")(select_command)
+app.command("gate")(gate_command)
 app.command("prune")(recipe_cli.prune_command)
 app.command("run")(recipe_cli.run_command)
 app.command("lock")(recipe_cli.lock_command)
 app.command("rewrite")(rewrite_cli.rewrite_command)
 app.command("verify")(rewrite_cli.verify_command)
 app.command("plan")(rewrite_cli.plan_command)
+app.command("eval")(evaluate_cli.eval_command)
 console = Console(highlight=False)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]

@@ -1,4 +1,4 @@
-"""Statistics for `softprune prune --packs`: the engine that is installed is started, collects, and is stopped."""
+"""The engine that is installed, started and stopped for one purpose: statistics for `softprune prune --packs`."""
 
 from __future__ import annotations
 
@@ -69,16 +69,11 @@ def collect_from_packs(
         tell(f"collect: skipped, {out} is there and holds these packs")
         return
     name = engine or installed_engine()
-    with servable(model) as folder, tempfile.TemporaryDirectory() as logs:
-        port = free_port()
-        flags = ["--softprune-stats", mode, "--softprune-max-tags", str(len(blocks) + 1), *engine_args]
-        command = engine_command(name, folder, port, seq_len + _SPARE_TOKENS, flags)
-        with Server(command, port, Path(logs) / "server.log", secrets.token_hex(16)) as server:
-            server.wait_ready(START_SECONDS)
-            client = ServerClient(f"http://127.0.0.1:{port}", server.key)
-            collection = Collection(client, blocks, out, Options(mode, None if mode == "router" else 1))
-            with count_progress("blocks", collection.num_blocks, console or Console(quiet=True), collection.num_done) as advance:
-                collection.run(advance)
+    flags = ["--softprune-stats", mode, "--softprune-max-tags", str(len(blocks) + 1), *engine_args]
+    with servable(model) as folder, serving(name, folder, seq_len, flags) as client:
+        collection = Collection(client, blocks, out, Options(mode, None if mode == "router" else 1))
+        with count_progress("blocks", collection.num_blocks, console or Console(quiet=True), collection.num_done) as advance:
+            collection.run(advance)
     tokens = sum(one.ids.size for one in blocks.values())
     tell(f"collect: {out}, {mode} of {tokens:,} tokens by {name}")
 
@@ -107,6 +102,23 @@ def engine_command(engine: str, model: Path, port: int, max_tokens: int, flags: 
         command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model.absolute()), "--host", "127.0.0.1"]
         return [*command, "--port", str(port), "--context-length", str(max_tokens), "--dtype", "bfloat16", *flags]
     raise RecipeError("--engine", "", engine, " or ".join(ENGINES))
+
+
+@contextmanager
+def serving(engine: str, model: Path, seq_len: int, flags: Sequence[str]) -> Iterator[ServerClient]:
+    """A server of the model on this machine, with room for blocks of `seq_len` tokens; stopped at the end.
+
+    Raises:
+        SoftpruneError: no engine of this name, or it does not start.
+    """
+    port = free_port()
+    command = engine_command(engine, model, port, seq_len + _SPARE_TOKENS, flags)
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        Server(command, port, Path(logs) / "server.log", secrets.token_hex(16)) as server,
+    ):
+        server.wait_ready(START_SECONDS)
+        yield ServerClient(f"http://127.0.0.1:{port}", server.key)
 
 
 @contextmanager

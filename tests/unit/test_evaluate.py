@@ -16,9 +16,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from softprune.checkpoint.harmony import tokenizer_files
+from softprune.evaluate.errors import EvaluationError
 from softprune.evaluate.harmony import HarmonyError, Message, completion_spans, parse_messages
 from softprune.evaluate.packing import PackError, encode_row, pack_rows, read_rows, shuffled, union
-from softprune.evaluate.reference import EvaluationError, mean_nll, perplexity, score
+from softprune.evaluate.reference import mean_nll, perplexity, score
 
 USER = "<|start|>user<|message|>Add 2 and 3.<|end|>"
 ANALYSIS = "<|start|>assistant<|channel|>analysis<|message|>2+3=5<|end|>"
