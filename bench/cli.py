@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from softprune.bench.report import report_command
 from softprune.control import ENGINE_KEY_ENV
 from softprune.errors import InputError
 
@@ -33,6 +34,9 @@ class ApiChoice(str, Enum):
 @bench_app.callback()
 def _bench() -> None:
     """Measure running servers."""
+
+
+bench_app.command("report")(report_command)
 
 
 @bench_app.command("decode")
