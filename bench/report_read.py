@@ -118,7 +118,7 @@ def _max_batch(document: Mapping[str, Any], rows: Rows) -> None:
     values = tuple(repeat[setting.figure] for repeat in result["repeats"]) if result else ()
     model, variant = document["model"] or "unknown model", variant_of(document)
     rows.largest.append(Largest(setting, model, variant, memory["kv_tokens"], document["max_batch"], document["limit"] or "", values))
-    parts = (memory["weights_gb"], memory["kv_gb"], memory["graphs_gb"])
+    parts = (memory["weights_gib"], memory["kv_gib"], memory["graphs_gib"])
     if _booted_alone(document) and None not in parts:
         _remember(rows, Memory(f"{model}, {variant}, {document['gpu']}, {memory['kv_tokens']} KV tokens", *parts))
 

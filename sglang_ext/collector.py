@@ -68,8 +68,7 @@ def _into_slab(gate: Any, collector: Collector, position: int) -> Callable[[torc
                 collector.take(position, x, rows)
                 return rows, None
         output = forward(x)
-        collector.copy(position, output[0])
-        collector.take(position, x, output[0])
+        collector.record(position, x, output[0])
         return output
 
     return into

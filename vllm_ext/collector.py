@@ -50,8 +50,7 @@ def captured_rows(vllm_config: Any) -> int:
 def _copying(apply: Any, collector: Collector, position: int) -> Any:
     @functools.wraps(apply)
     def copying(hidden_states: Any, router_logits: Any, *args: Any, **kwargs: Any) -> Any:
-        collector.copy(position, router_logits)
-        collector.take(position, hidden_states, router_logits)
+        collector.record(position, hidden_states, router_logits)
         return apply(hidden_states, router_logits, *args, **kwargs)
 
     return copying

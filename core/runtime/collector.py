@@ -151,26 +151,31 @@ class Collector:
         self._seen[layer] = True
         return None if self._quiet or rows > self.stats.max_rows else self.stats.slab[layer, :rows]
 
-    def copy(self, layer: int, logits: torch.Tensor) -> None:
-        """Put a router's logits into the slab; in a captured graph, one copy.
+    def record(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        """A layer's input and its router's logits: into the slab, and what is sampled; in a captured graph, one kernel.
 
         Args:
             layer: position among the MoE layers.
+            hidden: [rows, at least hidden_size]; see `Sampler.take`.
             logits: [rows, num_experts], padding included; rows beyond `max_rows` are left out.
 
         Raises:
             RefusedError: another dtype than the slab's, which would lose what selection rests on, or another shape.
         """
-        slab = self.stats.slab[layer]
+        slab = self.stats.slab[layer, : len(logits)]
         if logits.dtype != slab.dtype or logits.shape[1:] != slab.shape[1:]:
             found = f"{logits.dtype} {list(logits.shape)}"
             raise RefusedError(f"MoE layer {layer}: found logits {found}; expected {slab.dtype} [rows, {slab.shape[1]}]")
         self._seen[layer] = True
-        if not self._quiet:
-            slab[: len(logits)].copy_(logits[: len(slab)])
+        if self._quiet:
+            return
+        if self.sampler is None:
+            slab.copy_(logits[: len(slab)])
+        else:
+            self.sampler.take(layer, hidden, logits, slab)
 
     def take(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> None:
-        """A layer's input and its router's logits, for what is sampled; see `Sampler.take`."""
+        """`record` of logits that are in the slab already."""
         if self.sampler is not None and not self._quiet:
             self.sampler.take(layer, hidden, logits)
 
@@ -179,7 +184,7 @@ class Collector:
 
         Args:
             experts: see `softprune.runtime.expert_norms.Experts`.
-            router: (layer, hidden) -> logits, as the engine computes them; it may come by `copy` and `take`, which look away meanwhile.
+            router: (layer, hidden) -> logits, as the engine computes them; it may come by `record` and `take`, which look away meanwhile.
             unmask: makes a layer's router forget its mask for the length of a block.
         """
         assert self.sampler is not None

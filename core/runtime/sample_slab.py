@@ -64,23 +64,26 @@ class SampleSlab:
         self.used += len(rows)
         self._idle = not len(rows)
 
-    def take(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+    def take(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor, copy_to: torch.Tensor | None = None) -> None:
         """Keep a layer's rows: on a GPU one kernel, elsewhere plain PyTorch.
 
         Args:
             layer: position among the MoE layers.
             hidden: [rows, at least hidden_size], contiguous rows; columns beyond are the engine's padding.
             logits: [rows, num_experts].
+            copy_to: [at most rows, num_experts], with rows side by side; the logits are copied there as well.
         """
         if hidden.is_cuda:
             from softprune.runtime import sample_slab_kernel
 
-            sample_slab_kernel.take(self, layer, hidden, logits)
+            sample_slab_kernel.take(self, layer, hidden, logits, copy_to)
         else:
-            self.reference(layer, hidden, logits)
+            self.reference(layer, hidden, logits, copy_to)
 
-    def reference(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+    def reference(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor, copy_to: torch.Tensor | None = None) -> None:
         """`take` in PyTorch; what the kernel is compared with."""
+        if copy_to is not None:
+            copy_to.copy_(logits[: len(copy_to)])
         source, target = self._moves[:, : min(len(hidden), STEP_ROWS)].long()
         kept = (target != _NOWHERE) & (source < len(hidden))
         self.hidden[layer, target[kept]] = hidden[source[kept], : self.hidden.shape[-1]]

@@ -229,27 +229,34 @@ class Sampler:
         self._step = _Step(found, {} if within else None)
         self._under_way = True
 
-    def take(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+    def take(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor, copy_to: torch.Tensor | None = None) -> None:
         """A layer is given its input: keep the sampled rows, or measure them now.
 
         Args:
             layer: position among the MoE layers.
             hidden: [rows, at least hidden_size], padding included.
             logits: [rows, num_experts], of the router.
+            copy_to: [at most rows, num_experts], where the logits are to be copied as well, since one kernel can do both.
         """
+        if self._keeps(hidden):
+            self._slab.take(layer, hidden, logits, copy_to)
+            return
+        if copy_to is not None:
+            copy_to.copy_(logits[: len(copy_to)])
         step = self._step
-        if _capturing(hidden):
-            self._slab.take(layer, hidden, logits)
-        elif not self._under_way or step is None:
-            # No step, but a check of the routers or a warm-up, in which the kernel is compiled: within a capture it is too late.
-            if hidden.is_cuda and not self._started:
-                self._slab.take(layer, hidden, logits)
-        elif self._inline is None or step.layers is None:
-            self._slab.take(layer, hidden, logits)
-        else:
+        if self._under_way and step is not None and self._inline is not None and step.layers is not None:
             width = self._slab.hidden.shape[-1]
             found = self._routed(layer, hidden[self._inline, :width], logits[self._inline])
             step.layers[layer] = found.first(len(step.rows))
+
+    def _keeps(self, hidden: torch.Tensor) -> bool:
+        """Whether a layer's rows go into the slab: in a captured graph always, since it cannot know what a step will sample."""
+        if _capturing(hidden):
+            return True
+        if not self._under_way or self._step is None:
+            # No step, but a check of the routers or a warm-up, in which the kernel is compiled: within a capture it is too late.
+            return hidden.is_cuda and not self._started
+        return self._inline is None or self._step.layers is None
 
     def has(self, spans: Sequence[Span]) -> None:
         """The step has these requests' tokens, in the order of its rows."""

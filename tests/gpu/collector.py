@@ -34,14 +34,14 @@ def compare(gpu: Collector, cpu: Collector) -> dict[str, bool]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for layer in range(LAYERS):
-            gpu.copy(layer, source[layer])
+            gpu.record(layer, source[layer], source[layer])
     rng = np.random.default_rng(0)
     for step in range(60):
         rows, logits = int(rng.integers(1, 60)), torch.randn(LAYERS, GRAPH, EXPERTS).bfloat16()
         source.copy_(logits)
         graph.replay()
         for layer in range(LAYERS):
-            cpu.copy(layer, logits[layer])
+            cpu.record(layer, logits[layer], logits[layer])
         spans = [Span(int(rng.integers(2)), int(rng.integers(2)), 0, 1) for _ in range(rows)] if step % 3 else [Span(1, 10, 0, rows)]
         for one in (gpu, cpu):
             one.step(spans)

@@ -76,7 +76,8 @@ class FakeEngine:
         if self.launch.stats:
             collector = self.ranks[0].add_collector(64, name)
             for layer, router in enumerate(self.ranks[0].routers.routers):
-                collector.copy(layer, router.forward(torch.zeros(1, HIDDEN, dtype=torch.bfloat16)))
+                hidden = torch.zeros(1, HIDDEN, dtype=torch.bfloat16)
+                collector.record(layer, hidden, router.forward(hidden))
         if self.launch.debug_routes:
             self.ranks[0].add_probe()
 
@@ -145,7 +146,7 @@ class FakeEngine:
             if model.probe is not None:
                 model.probe.record_ids(layer, ids)
             if model.collector is not None:
-                model.collector.copy(layer, router.forward(hidden))
+                model.collector.record(layer, hidden, router.forward(hidden))
         if model.collector is not None:
             model.collector.step([Span(model.collector.tag_number(tag), prompt, 0, len(tokens))])
         return [-float(value) for value in total]

@@ -79,8 +79,7 @@ class SampledEngine:
     def _seen(self, layer: int, forward: Any) -> Any:
         def seen(hidden: torch.Tensor) -> torch.Tensor:
             logits: torch.Tensor = forward(hidden).detach()
-            self.collector.copy(layer, logits)
-            self.collector.take(layer, hidden, logits)
+            self.collector.record(layer, hidden, logits)
             return logits
 
         self._plain = [*getattr(self, "_plain", []), forward]
@@ -137,8 +136,7 @@ class SampledEngine:
         for layer in range(LAYERS):
             logits = [self._logits(layer, request, position) for request, position in tokens]
             logits += [torch.full((EXPERTS,), 3.0, dtype=torch.bfloat16)] * padding
-            self.collector.copy(layer, torch.stack(logits))
-            self.collector.take(layer, hidden, torch.stack(logits))
+            self.collector.record(layer, hidden, torch.stack(logits))
 
     def _logits(self, layer: int, request: Request, position: int, unmasked: bool = False) -> torch.Tensor:
         """Of one row alone, so that the number of rows does not matter."""

@@ -40,7 +40,7 @@ def step(model: MaskedModel, collector: Collector, spans: list[Span], padding: i
     rows = sum(span.rows for span in spans) + padding
     hidden = torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed)).bfloat16()
     for layer, router in enumerate(model.routers.routers):
-        collector.copy(layer, router.forward(hidden).detach())
+        collector.record(layer, hidden, router.forward(hidden).detach())
     collector.step(spans)
 
 
@@ -155,7 +155,7 @@ def test_logits_of_another_dtype_are_refused() -> None:
     _, collector = model_with_collector()
     for logits in (torch.zeros(3, EXPERTS), torch.zeros(3, EXPERTS + 1, dtype=torch.bfloat16)):
         with pytest.raises(RefusedError, match="expected torch.bfloat16"):
-            collector.copy(0, logits)
+            collector.record(0, torch.zeros(3, 16), logits)
 
 
 def test_a_router_that_is_not_seen_stops_the_server() -> None:
@@ -164,7 +164,7 @@ def test_a_router_that_is_not_seen_stops_the_server() -> None:
     for layer in range(LAYERS):
         with pytest.raises(RefusedError, match=rf"no logits of MoE layers \[{layer}"):
             check_served(launch, 0, model.status())
-        collector.copy(layer, torch.zeros(1, EXPERTS, dtype=torch.bfloat16))
+        collector.record(layer, torch.zeros(1, 16), torch.zeros(1, EXPERTS, dtype=torch.bfloat16))
     check_served(launch, 0, model.status())
     without = make_model(launch).status()
     check_served(launch, 1, without)  # only the first process collects

@@ -56,7 +56,7 @@ def max_batch(*speeds: float, **notes: str) -> dict[str, Any]:
     result = row(10, *speeds) if speeds else None
     return {
         "format": "softprune.max-batch", "version": 1, "notes": notes, **HEAD, "settings": {"prompt_tokens": 256, "max_new_tokens": 512},
-        "memory": {"weights_gb": 12.8, "kv_gb": 1.1, "graphs_gb": 0.9, "kv_tokens": 24_000}, "max_batch": 10 if speeds else None,
+        "memory": {"weights_gib": 12.8, "kv_gib": 1.1, "graphs_gib": 0.9, "kv_tokens": 24_000}, "max_batch": 10 if speeds else None,
         "limit": "preempted", "result": result,
     }  # fmt: skip
 

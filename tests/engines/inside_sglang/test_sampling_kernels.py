@@ -22,6 +22,7 @@ def test_kept_rows_equal_pytorch(rows: int, padding: int) -> None:
 
     generator = torch.Generator().manual_seed(rows)
     both = [SampleSlab(2, 24, 1500, "cpu", torch.bfloat16) for _ in range(2)]
+    copies = torch.zeros(2, 2, 90, 24).bfloat16()
     for step in range(3):
         sampled = np.sort(np.random.default_rng(step).choice(100, min(rows, 7), replace=False)) % rows
         hidden = torch.randn(rows, 1500 + padding, generator=generator).bfloat16()
@@ -29,12 +30,15 @@ def test_kept_rows_equal_pytorch(rows: int, padding: int) -> None:
         for slab in both:
             slab.describe(sampled)
         for layer in range(2):
-            sample_slab_kernel.take(both[0], layer, hidden, logits)
-            both[1].reference(layer, hidden, logits)
+            to = [copy[layer, :rows] if step else None for copy in copies]
+            sample_slab_kernel.take(both[0], layer, hidden, logits, to[0])
+            both[1].reference(layer, hidden, logits, to[1])
         kept = slice(both[1].used - len(sampled), both[1].used)
         assert torch.equal(both[1].hidden[1, kept], hidden[torch.from_numpy(sampled), :1500])
     assert torch.equal(both[0].hidden, both[1].hidden)
     assert torch.equal(both[0].logits, both[1].logits)
+    assert copies[1].any()
+    assert torch.equal(copies[0], copies[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
