@@ -17,6 +17,7 @@ PACKAGES = {
     "softprune.selection": "core/selection",
     "softprune.stats": "core/stats",
     "softprune.bench": "bench",
+    "softprune.bench.gpu": "bench/gpu",
     "softprune.bench.tiny": "bench/tiny",
     "softprune.bench.tiny.data": "bench/tiny/data",
     "softprune.sglang_ext": "sglang_ext",
