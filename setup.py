@@ -16,6 +16,7 @@ PACKAGES = {
     "softprune.recipe": "core/recipe",
     "softprune.selection": "core/selection",
     "softprune.stats": "core/stats",
+    "softprune.sweep": "core/sweep",
     "softprune.bench": "bench",
     "softprune.bench.gpu": "bench/gpu",
     "softprune.bench.tiny": "bench/tiny",

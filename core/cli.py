@@ -36,6 +36,7 @@ from softprune.report.sizes import readable
 from softprune.selection.cli import select_command
 from softprune.server_cli import selftest, server_app
 from softprune.stats.cli import stats_app
+from softprune.sweep.cli import sweep_command
 
 
 class _Group(typer.core.TyperGroup):
@@ -71,6 +72,7 @@ app.command("rewrite")(rewrite_cli.rewrite_command)
 app.command("verify")(rewrite_cli.verify_command)
 app.command("plan")(rewrite_cli.plan_command)
 app.command("eval")(evaluate_cli.eval_command)
+app.command("sweep")(sweep_command)
 console = Console(highlight=False)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]

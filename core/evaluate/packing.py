@@ -82,6 +82,11 @@ def block_hashes(blocks: Blocks) -> list[str]:
     ]
 
 
+def blocks_sha256(blocks: Blocks) -> str:
+    """What identifies all blocks together: SHA-256 over their hashes, in 64 hexadecimal digits."""
+    return hashlib.sha256("".join(block_hashes(blocks)).encode()).hexdigest()
+
+
 def read_rows(path: str | Path, column: str = "text") -> Iterator[str]:
     """The non-blank texts of a Parquet file, row group by row group.
 
