@@ -73,6 +73,8 @@ app.command("verify")(rewrite_cli.verify_command)
 app.command("plan")(rewrite_cli.plan_command)
 app.command("eval")(evaluate_cli.eval_command)
 app.command("sweep")(sweep_command)
+app.command("noise-floor")(evaluate_cli.noise_floor_command)
+app.command("no-op")(evaluate_cli.no_op_command)
 console = Console(highlight=False)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]

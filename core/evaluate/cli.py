@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -9,14 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from softprune.control import ENGINE_KEY_ENV
-from softprune.errors import InputError
+from softprune.errors import InputError, SoftpruneError
 from softprune.server_client import ServerClient
 
 if TYPE_CHECKING:  # pyarrow, without which the other commands start
     from softprune.evaluate.eval_packs import PackSet
     from softprune.evaluate.eval_recipe import EvalRun
+    from softprune.evaluate.evaluate import EvalSettings
+    from softprune.evaluate.gate_result import GateResult
+    from softprune.evaluate.gates import Gates
 
 console = Console(highlight=False)
 
@@ -48,6 +55,8 @@ BlockForm = Annotated[Form | None, typer.Option(help="Blocks of L ids, or of L+1
 NoUnion = Annotated[bool, typer.Option("--no-union", help="Leave out UNION, one conversation of each pack in turn.")]
 Tokenizer = Annotated[str | None, typer.Option(metavar="DIR", help="Else that of the server's model, as the server names it.")]
 Concurrency = Annotated[int | None, typer.Option(min=1, help="Requests at once; 8 if nothing is said.")]
+Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder for both evaluations and the verdict; what is there is gone on with.")]
+Thresholds = Annotated[str | None, typer.Option("--gates", help="Thresholds, as `softprune gate` takes them.")]
 Label = Annotated[str | None, typer.Option(help="What the file calls the model; else the last part of its path.")]
 Key = Annotated[str | None, typer.Option(help="softprune's key; else SOFTPRUNE_KEY, else the one that a server on this machine left.")]
 EngineKey = Annotated[str | None, typer.Option(envvar=ENGINE_KEY_ENV, help="The engine's own API key, if it was started with one.")]
@@ -78,7 +87,6 @@ def eval_command(
     """
     from softprune.evaluate.eval_recipe import EvalRun, read_eval_recipe
     from softprune.evaluate.eval_shown import evaluated, shown
-    from softprune.evaluate.evaluate import EvalSettings
     from softprune.evaluate.served import ask_served
 
     errors, client = Console(stderr=True), ServerClient(url, key, engine_key=engine_key)
@@ -92,11 +100,74 @@ def eval_command(
         if one.top_k is not None and served.top_k not in (None, one.top_k):
             raise InputError(client.url, "top_k", str(served.top_k), f"{one.top_k}, as {recipe} says")
         blocks = _packs(one, tokenizer or served.path, not no_union, errors)
-        settings = EvalSettings(one.metrics, label=one.label, **_given(concurrency=one.concurrency))
         place = out if len(chosen) == 1 else out.with_name(f"{out.stem}.{one.name}{out.suffix}")
-        found = evaluated(client, blocks, place, settings, errors, _tell)
+        found = evaluated(client, blocks, place, _settings(one), errors, _tell)
         console.print(shown(found))
         _tell(f"{place}: {found.label}, mask {found.own['mask'] or 'none'}")
+
+
+def noise_floor_command(
+    url: Url,
+    out: Folder,
+    packs: Packs = None,
+    more_packs: MorePacks = None,
+    recipe: Recipe = None,
+    seq_lens: SeqLens = None,
+    num_blocks: NumBlocks = None,
+    token_budget: Budget = None,
+    block_form: BlockForm = None,
+    no_union: NoUnion = False,
+    tokenizer: Tokenizer = None,
+    concurrency: Concurrency = None,
+    second_concurrency: Annotated[int, typer.Option(min=1, help="Requests at once the second time.")] = 1,
+    thresholds: Thresholds = None,
+    label: Label = None,
+    key: Key = None,
+    engine_key: EngineKey = None,
+) -> None:
+    """Evaluate what a server serves twice, in other batches, and gate one against the other: how much of a difference is noise.
+
+    Exits as `softprune gate` does.
+    """
+    from softprune.evaluate.noise import noise_floor
+    from softprune.evaluate.served import ask_served
+
+    files, errors = [*(packs or []), *(more_packs or [])], Console(stderr=True)
+    with _verdict(errors) as show:
+        gates, client = _gates(thresholds), ServerClient(url, key, engine_key=engine_key)
+        run = _overridden(_only_run(recipe), files, seq_lens, num_blocks, token_budget, block_form, concurrency, label)
+        blocks = _packs(run, tokenizer or ask_served(client).path, not no_union, errors)
+        show(noise_floor(client, blocks, out, _settings(run), gates, second_concurrency, errors, _tell))
+
+
+def no_op_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint folder with a tokenizer.")],
+    out: Folder,
+    packs: Packs = None,
+    more_packs: MorePacks = None,
+    recipe: Recipe = None,
+    seq_lens: SeqLens = None,
+    num_blocks: NumBlocks = None,
+    token_budget: Budget = None,
+    block_form: BlockForm = None,
+    no_union: NoUnion = False,
+    concurrency: Concurrency = None,
+    thresholds: Thresholds = None,
+    engine: Annotated[str | None, typer.Option(help="vllm or sglang; else the one that is installed.")] = None,
+    engine_args: Annotated[str, typer.Option(help="Further arguments of the engine's command line.")] = "",
+) -> None:
+    """Rewrite a checkpoint with all of its experts, serve both, and gate one against the other: rewriting alone changes nothing.
+
+    Exits as `softprune gate` does.
+    """
+    from softprune.evaluate.noise import no_op
+
+    files, errors = [*(packs or []), *(more_packs or [])], Console(stderr=True)
+    with _verdict(errors) as show:
+        gates = _gates(thresholds)
+        run = _overridden(_only_run(recipe), files, seq_lens, num_blocks, token_budget, block_form, concurrency, None)
+        blocks = _packs(run, str(model), not no_union, errors)
+        show(no_op(model, blocks, out, _settings(run), gates, engine, shlex.split(engine_args), errors, _tell))
 
 
 def _packs(run: EvalRun, tokenizer: str, with_union: bool, errors: Console) -> PackSet:
@@ -104,6 +175,44 @@ def _packs(run: EvalRun, tokenizer: str, with_union: bool, errors: Console) -> P
 
     with errors.status("packs") as status:
         return eval_packs.load(run.packs, tokenizer, run.sizes, with_union, run.column, run.union_name, status.update)
+
+
+def _settings(run: EvalRun) -> EvalSettings:
+    from softprune.evaluate.evaluate import EvalSettings
+
+    return EvalSettings(run.metrics, label=run.label, **_given(concurrency=run.concurrency))
+
+
+def _only_run(recipe: Path | None) -> EvalRun:
+    from softprune.evaluate.eval_recipe import EvalRun, read_eval_recipe
+
+    runs = [EvalRun()] if recipe is None else read_eval_recipe(recipe)
+    if len(runs) > 1:
+        raise InputError(str(recipe), "run_matrix", f"{len(runs)} runs", "one")
+    return runs[0]
+
+
+def _gates(thresholds: str | None) -> Gates:
+    from softprune.evaluate import gates
+
+    return gates.read(thresholds or gates.NEAR_LOSSLESS)
+
+
+@contextmanager
+def _verdict(errors: Console) -> Iterator[Callable[[GateResult], None]]:
+    """Hand out what shows a verdict and ends with its code; an error ends with that of INVALID, since the usual 2 means INCOMPLETE here."""
+    from softprune.evaluate.gate_cli import show
+    from softprune.evaluate.gate_result import EXIT_CODES
+
+    def shown(result: GateResult) -> None:
+        show(result)
+        raise typer.Exit(result.exit_code)
+
+    try:
+        yield shown
+    except SoftpruneError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_CODES["INVALID"]) from None
 
 
 def _overridden(

@@ -22,7 +22,8 @@ def evaluated(
     out: Path,
     settings: EvalSettings,
     errors: Console,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Callable[[str], None],
+    once: bool = False,
 ) -> Evaluation:
     """As `evaluate`; interrupted, it says how to go on.
 
@@ -30,12 +31,17 @@ def evaluated(
         client, packs, out, settings: as `evaluate` takes them.
         errors: where the bar is drawn.
         tell: told warnings.
+        once: skip what is there already.
 
     Raises:
         typer.Exit: by Ctrl-C.
         SoftpruneError: as `evaluate`.
     """
-    with Evaluating(client, packs, out, settings, tell) as run:
+    run = Evaluating(client, packs, out, settings, tell)
+    if once and (known := run.known()) is not None:
+        tell(f"{out}: skipped, it is there and was made of the same")
+        return known
+    with run:
         try:
             with token_progress(out.name, run.num_tokens, errors, run.num_done) as advance:
                 return run.run(advance)

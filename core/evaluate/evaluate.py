@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from softprune.evaluate import evaluation
-from softprune.evaluate.eval_document import document
+from softprune.evaluate.eval_document import document, lasting, meta_of
 from softprune.evaluate.eval_packs import PackSet
 from softprune.evaluate.eval_state import Asked, CellAsked, ScoreStore
 from softprune.evaluate.evaluation import Evaluation
@@ -47,7 +47,7 @@ class EvalSettings:
 
 
 class Evaluating:
-    """One evaluation; a context manager, which closes what lies beside the output.
+    """One evaluation; a context manager within which OUT.parts is open.
 
     Args:
         client: of the server.
@@ -59,8 +59,9 @@ class Evaluating:
     Raises:
         ServerCallError: the server does not answer, or has no room for a block.
         InputError: its tokenizer is another than the packs'.
-        EvaluationFileError: what lies beside `out` is of another evaluation.
     """
+
+    store: ScoreStore
 
     def __init__(
         self, client: ServerClient, packs: PackSet, out: Path, settings: EvalSettings, tell: Callable[[str], None] = lambda text: None
@@ -85,16 +86,21 @@ class Evaluating:
                 self._cells[pack, seq_len] = [known[digest] for digest in hashes]
                 self._digests[pack, seq_len] = hashlib.sha256("".join(hashes).encode()).hexdigest()
         served = self._served
-        asked = Asked(
+        self._asked = Asked(
             engine=f"{served.engine} {served.version}", model=served.model, fingerprint=served.fingerprint, mask=served.mask,
             top_k=served.top_k, entropy_topk=settings.metrics.entropy_topk, block_form=packs.form, order=settings.order,
             cells=[CellAsked(pack=pack, seq_len=length, blocks_sha256=digest) for (pack, length), digest in self._digests.items()],
         )  # fmt: skip
         self._kept = [int(self._block(job)[1].sum()) for job in range(len(self._jobs))]
-        self.store = ScoreStore(out, asked, self._kept)
         self._clock = _Clock()
 
     def __enter__(self) -> Evaluating:
+        """Begin, or go on.
+
+        Raises:
+            EvaluationFileError: what lies beside the output is of another evaluation.
+        """
+        self.store = ScoreStore(self._out, self._asked, self._kept)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,14 +142,26 @@ class Evaluating:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        written = document(self._served, self._packs, self._settings.metrics, self._about(), self._measured())
-        evaluation.write(written, self._out)
+        evaluation.write(document(self._meta(), self._measured()), self._out)
         self.store.remove()
         return evaluation.read(self._out)
 
-    def _about(self) -> dict[str, Any]:
-        label = self._settings.label or Path(self._served.path).name
-        return {"model_id": label, "batch_size": self._settings.concurrency}
+    def known(self) -> Evaluation | None:
+        """The output, if it is there already and is what `run` would write; None as well if nobody knows what is served.
+
+        Raises:
+            EvaluationFileError: it is there, and no evaluation.
+        """
+        if self._served.fingerprint is None or not self._out.is_file():
+            return None
+        found = evaluation.read(self._out)
+        digests = {key: cell.identity["blocks_sha256"] for key, cell in found.cells.items()}
+        return found if found.own and (lasting(found.meta), digests) == (lasting(self._meta()), self._digests) else None
+
+    def _meta(self) -> dict[str, Any]:
+        settings = self._settings
+        label = settings.label or Path(self._served.path).name
+        return meta_of(self._served, self._packs, settings.metrics, label, settings.concurrency)
 
     def _block(self, job: int) -> tuple[Any, Any]:
         """Ids and mask of a block."""

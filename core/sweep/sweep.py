@@ -17,10 +17,9 @@ from typing import Any, Final
 
 from softprune import __version__
 from softprune.evaluate.eval_packs import PackSet
-from softprune.evaluate.evaluate import EvalSettings
+from softprune.evaluate.evaluate import EvalSettings, Evaluating
 from softprune.evaluate.evaluation import Evaluation
 from softprune.evaluate.gates import Gates
-from softprune.evaluate.once import evaluate_once
 from softprune.evaluate.pair import compare
 from softprune.files import write_whole
 from softprune.mask import ExpertMask
@@ -161,7 +160,15 @@ class Sweep:
         if not (verified := client.verify())["obeyed"]:
             raise SweepError(client.url, job.label, f"a router that does not obey the mask ({verified['detail']})", "routers that do")
         settings = replace(self._settings.evaluation, label=job.label)
-        return evaluate_once(client, self._packs[job.seed], self._out / f"{job.name}.json", settings, tell=self._tell)
+        path = self._out / f"{job.name}.json"
+        run = Evaluating(client, self._packs[job.seed], path, settings, self._tell)
+        if (known := run.known()) is not None:
+            self._tell(f"{job.label}: skipped, {path.name} is there and was made of the same")
+            return known
+        if path.exists():
+            raise SweepError(str(path), "", "an evaluation of something else", "one of this sweep, or another --out")
+        with run:
+            return run.run()
 
     def _entry(self, job: _Job, base: Evaluation, found: Evaluation) -> dict[str, Any]:
         """A line of `sweep.json`; gates are cheap and are always judged anew."""

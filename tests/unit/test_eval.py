@@ -429,3 +429,69 @@ def test_block_forms_budgets_and_union() -> None:
     alone = load(FILES, str(TINY / "tokenizer"), SIZES, with_union=False)
     assert list(alone.cells) == list(NAMES)
     assert alone.tokenizer_sha256 == plain.tokenizer_sha256
+
+
+def test_the_noise_floor(start: Start, tmp_path: Path) -> None:
+    """Twice, in another order and other batches; done again, what is there stays; another mask makes it anew."""
+    server = start()
+    arguments = ["noise-floor", "--url", server.url, "--key", "right", "--tokenizer", TINY / "tokenizer", "-o", tmp_path / "noise"]
+    sizes = ["--packs", *FILES, "--seq-lens", "32,64", "--num-blocks", 12, "--gates", gates_file(tmp_path)]
+
+    def run() -> tuple[int, str]:
+        result = CliRunner(env={"COLUMNS": "300"}).invoke(app, [str(one) for one in [*arguments, *sizes]])
+        return result.exit_code, " ".join(result.output.split())
+
+    code, output = run()
+    assert code == 0, output
+    assert "PASS by here" in output
+    assert sorted(path.name for path in (tmp_path / "noise").iterdir()) == ["first.json", "gate.json", "second.json"]
+    half = len(server.engine.scored) // 2
+    first, second = server.engine.scored[:half], server.engine.scored[half:]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    rows = json.loads((tmp_path / "noise" / "gate.json").read_text())["rows"]
+    assert [row["delta"]["ppl"]["value"] for row in rows] == [0.0] * 6
+    sent = len(server.engine.scored)
+    code, output = run()
+    assert (code, output.count("skipped, it is there and was made of the same"), len(server.engine.scored)) == (0, 2, sent)
+    client_of(server).put_mask(make_mask([[0, 1, 2], None, [3, 4]], server.engine.ranks[0]))
+    code, output = run()
+    assert (code, "skipped" in output, len(server.engine.scored)) == (0, False, 2 * sent)
+    (tmp_path / "noise" / "second.json").unlink()
+    server.engine.fault = "absent"
+    code, output = run()
+    assert (code, "found no log-probabilities" in output) == (3, True)
+
+
+def gates_file(folder: Path) -> Path:
+    """near-lossless-v1 for the lengths of these tests."""
+    shipped = json.loads((Path(evaluation.__file__).resolve().parent / "gates" / "near-lossless-v1.json").read_text())
+    file = folder / "here.json"
+    file.write_text(json.dumps({**shipped, "name": "here", "primary_seq_lens": [32, 64]}))
+    return file
+
+
+def test_a_recipe_is_run(start: Start, tmp_path: Path) -> None:
+    """Each run of its matrix into a file of its own; options go before what it says; the top_k that it says is the server's."""
+    recipe = tmp_path / "eval.yaml"
+    text = {
+        "schema_version": 1, "calib_packs": {"pack_files": [str(file) for file in FILES]}, "model": {"label": "it"},
+        "collector_defaults": {"top_k": 2, "num_blocks": 12, "sample_points": 7},
+        "run_matrix": [{"name": f"len{length}", "collector_overrides": {"seq_lens_csv": length}} for length in (32, 64)],
+    }  # fmt: skip
+    recipe.write_text(json.dumps(text))
+    server = start()
+    code, output = cli(server, tmp_path / "base.json", "--recipe", recipe, "--concurrency", 3)
+    assert code == 0, output
+    for length in (32, 64):
+        found = evaluation.read(tmp_path / f"base.len{length}.json")
+        assert (found.label, found.meta["batch_size"], found.meta["sample_points"]) == ("it", 3, 7)
+        assert list(found.cells) == [(name, length) for name in (*NAMES, UNION)]
+    code, output = cli(server, tmp_path / "one.json", "--recipe", recipe, "--run", "len32", "--num-blocks", 8, "--no-union")
+    assert code == 0, output
+    one = evaluation.read(tmp_path / "one.json")
+    assert ([*one.cells], one.meta["num_blocks"]) == ([(name, 32) for name in NAMES], 8)
+    assert cli(server, tmp_path / "x.json", "--recipe", recipe, "--run", "len3")[0] == 2
+    recipe.write_text(json.dumps({**text, "collector_defaults": {"top_k": 4}}))
+    code, output = cli(server, tmp_path / "x.json", "--recipe", recipe)
+    assert (code, f"{server.url}: top_k: found 2; expected 4, as {recipe} says" in output) == (2, True)
