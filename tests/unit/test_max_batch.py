@@ -107,7 +107,7 @@ def test_a_server_that_goes_away_ends_the_search(tmp_path: Path) -> None:
 
 def test_refusals(server: FakeServer) -> None:
     server.behave(Behaviour("sglang", **SLOW, metrics=False))
-    with pytest.raises(BenchmarkError, match="HTTP 404 at /metrics; start SGLang with --enable-metrics"):
+    with pytest.raises(BenchmarkError, match="HTTP 404 at /metrics; expected the engine's metrics; start SGLang with --enable-metrics"):
         max_batch(server.url, WORK)
     server.behave(Behaviour("none", **SLOW))
     with pytest.raises(BenchmarkError, match="no version at vLLM's /version"):
