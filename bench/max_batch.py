@@ -25,6 +25,8 @@ from softprune.errors import InputError
 
 FORMAT, VERSION = "softprune.max-batch", 1
 POLL_SECONDS = 0.2
+IDLE_SECONDS = 60.0
+"""Longest wait for requests of others, or of a pass that was given up."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class _Trial:
 
     async def _settled(self) -> engine_metrics.Load:
         """The engine's load once nothing runs or waits; those of a pass that failed are given up, which engines take a moment for."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + IDLE_SECONDS
         while True:
             load = await self._load()
             if not load.running and not load.waiting:

@@ -70,7 +70,7 @@ class MaskedSide(Side):
             if self._shared["probed"]:
                 self.control.routes(reset=True)
             result = await super().measured(batch, place)
-            found = self.control.status()["epoch"]
+            found = self.control.status()["mask_epoch"]
             if self._shared["probed"] and place > 0:
                 counts = np.array(self.control.routes()["counts"], np.int64)
                 self.counts = counts if self.counts is None else self.counts + counts
