@@ -11,20 +11,32 @@ from softprune.errors import SoftpruneError
 from softprune.server_client import ServerCallError, ServerClient
 
 
+class Restore:
+    """What `mask_put_back` is to do at the end."""
+
+    wanted = True
+
+    def forget(self) -> None:
+        """Leave the mask that is in force then."""
+        self.wanted = False
+
+
 @contextmanager
-def mask_put_back(control: ServerClient) -> Iterator[None]:
-    """Put the mask back that is in force now, whatever ends the block.
+def mask_put_back(control: ServerClient) -> Iterator[Restore]:
+    """Put the mask back that is in force now, whatever ends the block, unless the block says to forget it.
 
     Raises:
         ServerCallError: the server cannot be asked; the block was not entered.
         SoftpruneError: the mask could not be put back; what it was is said.
     """
     before = control.mask()
+    restore = Restore()
     try:
-        yield
+        yield restore
     finally:
         try:
-            control.switch(before)
+            if restore.wanted:
+                control.switch(before)
         except ServerCallError as error:
             what = "no mask" if before is None else f"mask {before.hash}"
             raise SoftpruneError(f"{error}\n  NOT PUT BACK: {what} was in force before; apply it again") from error

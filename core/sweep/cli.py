@@ -12,6 +12,7 @@ from rich.console import Console
 
 from softprune.control import ENGINE_KEY_ENV
 from softprune.errors import InputError
+from softprune.options import whole_numbers
 from softprune.server_client import ServerClient
 
 console = Console(highlight=False)
@@ -56,6 +57,7 @@ def sweep_command(
     """
     from softprune.evaluate import eval_packs  # pyarrow and Transformers, without which the other commands start
     from softprune.evaluate import gates as gates_module
+    from softprune.evaluate.eval_recipe import seq_lens_of
     from softprune.evaluate.evaluate import EvalSettings
     from softprune.evaluate.served import ask_served
     from softprune.report.progress import count_progress
@@ -68,8 +70,8 @@ def sweep_command(
     protect = Protect(core_mass, core_count, "none", tag_top)
     cells = _cells(scores or (), stats or (), method or (), grid or (), tag or (), keep, protect, random_seeds, masks or ())
     rules = gates_module.read(gates)
-    sizes = eval_packs.Sizes(tuple(numbers("--seq-lens", seq_lens)), num_blocks, token_budget)
-    seeds: list[int | None] = list(numbers("--data-seeds", data_seeds)) if data_seeds else [None]
+    sizes = eval_packs.Sizes(seq_lens_of(seq_lens), num_blocks, token_budget)
+    seeds: list[int | None] = list(whole_numbers("--data-seeds", data_seeds)) if data_seeds else [None]
     path = tokenizer or ask_served(clients[0]).path
     errors = Console(stderr=True)
     with errors.status("packs"):
@@ -102,20 +104,8 @@ def _cells(
     rankings = of_files([scores_file.read(file) for file in scores])
     if stats:
         rankings += of_statistics(stats, methods, values, tag_weights(tags))
-    seeds = numbers("--random-seeds", random_seeds) if random_seeds else []
-    return of_rankings(rankings, numbers("--keep", keep), protect, seeds)
-
-
-def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers with commas between them.
-
-    Raises:
-        InputError: something else.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(option, "", repr(text), "whole numbers with commas between them") from None
+    seeds = whole_numbers("--random-seeds", random_seeds) if random_seeds else []
+    return of_rankings(rankings, whole_numbers("--keep", keep), protect, seeds)
 
 
 def _value(text: str) -> Any:

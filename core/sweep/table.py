@@ -8,15 +8,19 @@ from typing import Any
 
 from rich.table import Table
 
+from softprune.evaluate.packing import UNION
+
 VERDICT_STYLES = {"PASS": "green", "FAIL": "red", "INCOMPLETE": "yellow", "INVALID": "magenta"}
 
 
 def table(document: Mapping[str, Any]) -> Table:
     """The table of a `sweep.json`.
 
-    Perplexities are means over data seeds, with their range where there are several; a mask's verdicts are counted.
+    Perplexities are of UNION, where it was scored: means over data seeds, with their range where there are several. A mask's verdicts are
+    counted.
     """
     rows = [key for entry in document["cells"][:1] for key in entry["ppl"]]
+    rows = [key for key in rows if key.startswith(f"{UNION}@")] or rows
     seeds = len(document["data_seeds"])
     shown = Table(
         "mask",
