@@ -120,7 +120,11 @@ def test_a_matrix_of_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("batch_size: 4", "batch_sise: 4", r"eval\.yaml: collector_overrides\.batch_sise: found an unknown key; expected one of batch_size, "),
+        (
+            "batch_size: 4",
+            "batch_sise: 4",
+            r"eval\.yaml: collector_overrides\.batch_sise: found an unknown key; expected one of batch",
+        ),
         ("batch_size: 4", "batch_size: many", r"collector_overrides\.batch_size: found 'many'; expected a whole number"),
         ("batch_size: 4", "batch_size: 0", r"collector_overrides\.batch_size: found 0"),
         ("batch_size: 4", "num_blocks: 1.5", r"collector_overrides\.num_blocks: found 1\.5; expected a whole number"),
