@@ -30,6 +30,7 @@ from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
 from softprune.ranking.cli import rank_command
 from softprune.recipe import cli as recipe_cli
+from softprune.report.cli import report_command
 from softprune.report.keep_map import keep_map
 from softprune.report.progress import tensor_progress
 from softprune.report.sizes import readable
@@ -75,6 +76,7 @@ app.command("eval")(evaluate_cli.eval_command)
 app.command("sweep")(sweep_command)
 app.command("noise-floor")(evaluate_cli.noise_floor_command)
 app.command("no-op")(evaluate_cli.no_op_command)
+app.command("report")(report_command)
 console = Console(highlight=False)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]
