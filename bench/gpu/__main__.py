@@ -79,10 +79,9 @@ def plan(what: Annotated[str, typer.Argument(help="sglang, vllm, tiny or headroo
         raise typer.BadParameter(f"found {what!r}; expected one of {', '.join(PLANS)}, headroom")
     total = 0.0
     for phase in PLANS[what]():
-        servers = ", ".join(served.name for served in phase.servers)
-        typer.echo(
-            f"{phase.boot_s:6.0f} s  phase {phase.name}: {len(phase.servers)} servers at once ({servers}), {phase.kv_tokens:,} KV tokens each"
-        )
+        names = [served.name for served in phase.servers]
+        about = f"{len(names)} servers at once ({', '.join(names)}), {phase.kv_tokens:,} KV tokens each"
+        typer.echo(f"{phase.boot_s:6.0f} s  phase {phase.name}: {about}")
         for row in phase.rows:
             typer.echo(f"{row.seconds:6.0f} s    {row.name}")
         total += phase.boot_s + sum(row.seconds for row in phase.rows)

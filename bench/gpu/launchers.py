@@ -39,13 +39,17 @@ class Launcher(ABC):
     def start(self, served: Served, work: Path, kv_tokens: int, max_batch: int, *more: str) -> Server:
         """A server process, not yet ready; softprune is in it if the plan says so, without a mask."""
         port = free_port()
+        env = {**ENV, **self.env(kv_tokens), **({} if served.is_patched else self.unpatched)}
+        return Server(self.command_of(served, work, port, kv_tokens, max_batch, *more), port, work / f"{served.name}.log", KEY, env)
+
+    def command_of(self, served: Served, work: Path, port: int, kv_tokens: int, max_batch: int, *more: str) -> list[str]:
+        """Its command line."""
         command = self.command(work / served.model, port, kv_tokens, max_batch)
         if served.is_patched:
             command += ["--softprune-control"]
         if served.top_k is not None:
             command += ["--expert-top-k", str(served.top_k)]
-        env = {**ENV, **self.env(kv_tokens), **({} if served.is_patched else self.unpatched)}
-        return Server([*command, *more], port, work / f"{served.name}.log", KEY, env)
+        return [*command, *more]
 
     @property
     @abstractmethod
@@ -138,7 +142,7 @@ class Vllm(Launcher):
 class VllmCpu(Vllm):
     """vLLM on this machine's CPU, with the small trained model: to try the scripts themselves."""
 
-    preset, token_ids, max_model_len, block = "tiny", (100, 1000), 1024, 32
+    preset, token_ids, max_model_len, block = "tiny", (100, 1000), 256, 32
 
     def command(self, model: Path, port: int, kv_tokens: int, max_batch: int) -> list[str]:
         limits = ("--max-model-len", str(self.max_model_len), "--max-num-seqs", str(max_batch))
