@@ -63,7 +63,8 @@ def variant_of(head: Mapping[str, Any]) -> str:
     return f"{text}, top_k {top_k}" if top_k else text
 
 
-def _setting(head: Mapping[str, Any], settings: Mapping[str, Any], stream: bool) -> Setting:
+def setting_of(head: Mapping[str, Any], settings: Mapping[str, Any], stream: bool) -> Setting:
+    """What a document with this head and these settings measured."""
     engine = head["engine"]
     name = f"{engine['name']} {engine['version']}" if engine.get("name") else "unknown engine"
     return Setting(name, head["gpu"] or "no GPU", settings["prompt_tokens"], settings["max_new_tokens"], stream)
@@ -74,7 +75,7 @@ def _decode(document: Mapping[str, Any], rows: Rows) -> None:
     flags = {name: value for name, value in document["server_flags"].items() if name not in ("memory_usage", "random_seed")}
     for row in document["results"]:
         stream = row["decode_tok_s"] is not None
-        setting = _setting(document, document["settings"], stream)
+        setting = setting_of(document, document["settings"], stream)
         values = tuple(repeat[setting.figure] for repeat in row["repeats"])
         ttft, between = ((row[name] or {}).get("median") for name in ("ttft_p50_s", "inter_token_p50_ms"))
         rows.speeds.append(Speed(setting, model, variant, row["batch"], values, ttft, between, (json.dumps(flags, sort_keys=True),)))
@@ -93,7 +94,7 @@ def _comparison(document: Mapping[str, Any], rows: Rows) -> None:
     for side, head in sides.items():
         names[side] = head["name"] if len({one["model"] for one in sides.values()}) == 1 else f"{head['model']}, {head['name']}"
     for row in document["results"]:
-        settings = [_setting(sides[side], document["settings"], row["figure"] == "decode_tok_s") for side in ("a", "b")]
+        settings = [setting_of(sides[side], document["settings"], row["figure"] == "decode_tok_s") for side in ("a", "b")]
         if settings[0] != settings[1]:
             rows.note(f"{names['a']} ran on {settings[0].text}; {names['b']} on {settings[1].text}.")
         for side, setting in zip(("a", "b"), settings, strict=True):
@@ -114,13 +115,18 @@ def _comparison(document: Mapping[str, Any], rows: Rows) -> None:
 
 def _max_batch(document: Mapping[str, Any], rows: Rows) -> None:
     result, memory = document["result"], document["memory"]
-    setting = _setting(document, document["settings"], bool(result and result["decode_tok_s"]))
+    setting = setting_of(document, document["settings"], bool(result and result["decode_tok_s"]))
     values = tuple(repeat[setting.figure] for repeat in result["repeats"]) if result else ()
     model, variant = document["model"] or "unknown model", variant_of(document)
     rows.largest.append(Largest(setting, model, variant, memory["kv_tokens"], document["max_batch"], document["limit"] or "", values))
     parts = (memory["weights_gib"], memory["kv_gib"], memory["graphs_gib"])
     if _booted_alone(document) and None not in parts:
         _remember(rows, Memory(f"{model}, {variant}, {document['gpu']}, {memory['kv_tokens']} KV tokens", *parts))
+
+
+def _gpu_memory(document: Mapping[str, Any], rows: Rows) -> None:
+    memory = document["memory"]
+    _remember(rows, Memory(f"{document['model']}, {document['gpu']}", memory["weights_gib"], memory["kv_gib"], memory["graphs_gib"]))
 
 
 def _matrix(document: Mapping[str, Any], rows: Rows) -> None:
@@ -138,6 +144,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Rows], None]] = {
     "softprune.decode-benchmark": _decode,
     "softprune.decode-comparison": _comparison,
     "softprune.max-batch": _max_batch,
+    "softprune.gpu-memory": _gpu_memory,
     "softprune.gpu-matrix": _matrix,
 }
 

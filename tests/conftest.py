@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from softprune.bench.masks import random_mask
+from softprune.bench.masks import random_mask as random_mask
 from softprune.bench.tiny.weights import HERE as TINY
 from softprune.bench.tiny.weights import TRAINED
 from softprune.checkpoint.dequantize import dequantize_checkpoint

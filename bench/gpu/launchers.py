@@ -8,8 +8,11 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from softprune.bench.engine_metrics import memory_of
 from softprune.bench.gpu.plan import Served
+from softprune.bench.prompts import sglang_flags
 from softprune.bench.server import Server, ServerError, free_port, vllm_command
+from softprune.checkpoint.families import read_config
 
 KEY = "bench-gpu"
 ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -24,23 +27,29 @@ class Launcher(ABC):
             rows and loses a second or two there; elsewhere whole answers are asked for, which costs the server less.
         preset: the shape that it is measured with.
         token_ids: range of the prompts' token ids.
+        metrics_args: further arguments, for servers whose preemptions are counted.
     """
 
     name: str
     stream: bool
     preset = "gpt-oss-20b"
     token_ids = (0, 480)
+    metrics_args: tuple[str, ...] = ()
 
     def start(self, served: Served, work: Path, kv_tokens: int, max_batch: int, *more: str) -> Server:
         """A server process, not yet ready; softprune is in it if the plan says so, without a mask."""
         port = free_port()
+        env = {**ENV, **self.env(kv_tokens), **({} if served.is_patched else self.unpatched)}
+        return Server(self.command_of(served, work, port, kv_tokens, max_batch, *more), port, work / f"{served.name}.log", KEY, env)
+
+    def command_of(self, served: Served, work: Path, port: int, kv_tokens: int, max_batch: int, *more: str) -> list[str]:
+        """Its command line."""
         command = self.command(work / served.model, port, kv_tokens, max_batch)
         if served.is_patched:
             command += ["--softprune-control"]
         if served.top_k is not None:
             command += ["--expert-top-k", str(served.top_k)]
-        env = {**ENV, **self.env(kv_tokens), **({} if served.is_patched else self.unpatched)}
-        return Server([*command, *more], port, work / f"{served.name}.log", KEY, env)
+        return [*command, *more]
 
     @property
     @abstractmethod
@@ -63,9 +72,18 @@ class Launcher(ABC):
             ServerError: it took less, since memory was short.
         """
 
+    @abstractmethod
+    def memory(self, server: Server, model: Path) -> dict[str, Any]:
+        """What a server's memory holds: {"weights_gib", "graphs_gib", "kv_gib", "kv_tokens"}, as the engine reports it.
+
+        True only of a server that booted alone: engines take it for the difference of what was free before and after.
+        """
+
 
 class Sglang(Launcher):
     name, stream = "sglang", False
+    # Streams show whether all requests run at once; a chunk for every token would cost the server a tenth.
+    metrics_args = ("--enable-metrics", "--stream-interval", "32")
 
     @property
     def unpatched(self) -> dict[str, str]:
@@ -82,6 +100,9 @@ class Sglang(Launcher):
         found = about(server).get("max_total_num_tokens")
         if found is None or found < 0.99 * kv_tokens:
             raise ServerError(f"{server.log.stem}: found KV room for {found} tokens; expected {kv_tokens}: too little memory is free")
+
+    def memory(self, server: Server, model: Path) -> dict[str, Any]:
+        return memory_of(sglang_flags(about(server)), {})
 
 
 def about(server: Server) -> dict[str, Any]:
@@ -101,6 +122,9 @@ class Vllm(Launcher):
     def check_room(self, server: Server, kv_tokens: int) -> None:
         """vLLM takes the room that it is given, or does not start."""
 
+    def memory(self, server: Server, model: Path) -> dict[str, Any]:
+        raise ServerError("vLLM does not say what its weights and graphs take; expected SGLang")
+
     @property
     def unpatched(self) -> dict[str, str]:
         return {"VLLM_PLUGINS": "none"}
@@ -118,11 +142,19 @@ class Vllm(Launcher):
 class VllmCpu(Vllm):
     """vLLM on this machine's CPU, with the small trained model: to try the scripts themselves."""
 
-    preset, token_ids, max_model_len = "tiny", (100, 1000), 1024
+    preset, token_ids, max_model_len, block = "tiny", (100, 1000), 256, 32
 
     def command(self, model: Path, port: int, kv_tokens: int, max_batch: int) -> list[str]:
         limits = ("--max-model-len", str(self.max_model_len), "--max-num-seqs", str(max_batch))
-        return vllm_command(model, port, "--dtype", "bfloat16", "--enforce-eager", *limits)
+        room = ("--block-size", str(self.block), "--num-gpu-blocks-override", str(kv_tokens // self.block))
+        return vllm_command(model, port, "--dtype", "bfloat16", "--enforce-eager", *limits, *room)
+
+    def memory(self, server: Server, model: Path) -> dict[str, Any]:
+        """Of the files and the shape: no engine reports it on a CPU."""
+        config = read_config(model)
+        token = config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 2 * 2
+        weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        return {"weights_gib": weights / 2**30, "graphs_gib": 0.0, "kv_gib": 1024 * token / 2**30, "kv_tokens": 1024}
 
     def env(self, kv_tokens: int) -> dict[str, str]:
         return {"VLLM_CPU_KVCACHE_SPACE": "1"}

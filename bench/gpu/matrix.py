@@ -14,14 +14,12 @@ import typer
 from softprune.bench.decode import Workload, measure
 from softprune.bench.gpu.launchers import Launcher
 from softprune.bench.gpu.plan import VARIANTS, Phase, Row
-from softprune.bench.gpu.prepare import masks_for, prepare
+from softprune.bench.gpu.prepare import masks_for, prepare, prepare_seconds
 from softprune.bench.gpu.session import Budget, Store, booted
 from softprune.bench.server import Server
 from softprune.errors import InputError, SoftpruneError
 from softprune.server_client import ServerClient
 
-PREPARE_S = {"base": 50.0}
-REWRITE_S = 15.0
 WARM_TOKENS = 8
 
 
@@ -64,14 +62,14 @@ class Matrix:
             if not rows:
                 continue
             servers = list(dict.fromkeys(VARIANTS[row.variant].server for row in rows))
-            missing = [name for served in servers if not (self.work / (name := served.model)).exists()]
-            fixed = phase.boot_s + sum(PREPARE_S.get(name, REWRITE_S) for name in missing)
+            models = [served.model for served in servers]
+            fixed = phase.boot_s + prepare_seconds(self.work, models)
             if not self.budget.fits(_first_round(rows), fixed):
                 typer.echo(
                     f"{phase.name}: {fixed:.0f} s and a first round of {_first_round(rows):.0f} s do not fit into {self.budget.left:.0f} s"
                 )
                 continue
-            prepare(self.work, dict.fromkeys(["base", *missing]), self.launcher.preset)
+            prepare(self.work, models, self.launcher.preset)
             self.masks = masks_for(self.work)
             typer.echo(f"{phase.name}: {len(servers)} servers at once on this device, {len(rows)} rows")
             room = max(phase.kv_tokens, max(row.kv_tokens for row in rows))

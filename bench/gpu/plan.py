@@ -1,19 +1,20 @@
 """What is measured, as data: rows in order of importance, with the seconds that each is thought to take.
 
 Estimates follow from tokens per second: measured on H100 and H200 up to batch 64 (README), and guessed beyond; a run corrects them by what
-its own rows took. A phase is a set of servers that share the GPU: up to four at once with little KV, two with room for long answers of
-large batches, so that 80 GB are enough.
+its own rows took. A phase is a set of servers that share the GPU: three at once with little KV, two with room for long answers of large
+batches, so that 80 GB are enough. Each phase has its own unmasked rows, so that every ratio is of servers that ran side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 PROMPT_TOKENS = 256
 TOK_S: Mapping[str, Mapping[int, float]] = {
     "sglang": {1: 280, 8: 1_450, 32: 4_200, 64: 7_000, 128: 10_500, 256: 14_000},
     "vllm": {1: 330, 8: 1_650, 32: 4_600, 64: 8_200, 128: 13_000},
+    "tiny": {2: 30, 4: 50},
 }
 
 
@@ -22,28 +23,25 @@ class Served:
     """A server of a phase.
 
     Attributes:
-        name: also of the checkpoint's folder, but for "top2".
+        name: of the server.
         keep: experts that its checkpoint was rewritten to; None for the whole one.
         top_k: experts per token, if not the model's own.
+        is_patched: whether softprune is in it; a rewritten checkpoint needs nothing but the engine.
     """
 
     name: str
     keep: int | None = None
     top_k: int | None = None
+    is_patched: bool = True
 
     @property
     def model(self) -> str:
         """The checkpoint's folder."""
-        return "base" if self.keep is None else self.name
-
-    @property
-    def is_patched(self) -> bool:
-        """Whether softprune is in it: a rewritten checkpoint needs nothing but the engine."""
-        return self.keep is None
+        return "base" if self.keep is None else f"rewritten{self.keep}"
 
 
-BASE, TOP2 = Served("base"), Served("top2", top_k=2)
-REWRITTEN = {keep: Served(f"rewritten{keep}", keep) for keep in (24, 16)}
+BASE, TOP2, PLAIN = Served("base"), Served("top2", top_k=2), Served("plain", is_patched=False)
+REWRITTEN = {keep: Served(f"rewritten{keep}", keep, is_patched=False) for keep in (24, 16)}
 
 
 @dataclass(frozen=True)
@@ -136,28 +134,34 @@ def rounds(
 
 
 def sglang() -> tuple[Phase, ...]:
-    """The matrix in SGLang: about 20 minutes."""
-    all_of, names = tuple(VARIANTS), ("few", "long", "large 24", "large 16")
-    few = rounds("sglang", names[0], all_of, 32, 2048, repeats=3)
+    """The matrix in SGLang: about 25 minutes."""
+    rewritten = ("unmasked", "keep24", "keep24_rewritten", "keep16", "keep16_rewritten")
+    few = rounds("sglang", "few", rewritten, 32, 2048, repeats=3)
     for batch in (8, 1, 64):
-        few += rounds("sglang", names[0], all_of, batch, 512)
+        few += rounds("sglang", "few", rewritten, batch, 512)
     with_top_k = ("unmasked", "top2", "keep24_top2")
-    long = rounds("sglang", names[1], with_top_k, 128, 2048)
-    long += rounds("sglang", names[1], ("unmasked", "keep16", "top2"), 32, 8192)
-    long += rounds("sglang", names[1], with_top_k, 256, 512)
-    large = [
-        tuple(
-            row for batch, new in ((128, 2048), (256, 512))
-            for row in rounds("sglang", phase, ("unmasked", f"keep{keep}", f"keep{keep}_rewritten"), batch, new, {"unmasked": repeat})
-        )
-        for phase, keep, repeat in ((names[2], 24, 2), (names[3], 16, 3))
-    ]  # fmt: skip
+    top_k = rounds("sglang", "top_k", with_top_k, 32, 2048, {"unmasked": 4}, repeats=3)
+    top_k += rounds("sglang", "top_k", ("unmasked", "keep16", "top2"), 32, 8192)
+    top_k += rounds("sglang", "top_k", with_top_k, 128, 2048, {"unmasked": 3})
+    for batch in (8, 1, 64):
+        top_k += rounds("sglang", "top_k", with_top_k, batch, 512, {"unmasked": 2})
+    top_k += rounds("sglang", "top_k", with_top_k, 256, 512, {"unmasked": 3})
     return (
-        Phase(names[0], 80_000, 64, 130, few),
-        Phase(names[2], 300_000, 256, 90, large[0]),
-        Phase(names[3], 300_000, 256, 90, large[1]),
-        Phase(names[1], 300_000, 256, 100, long),
+        Phase("few", 80_000, 64, 110, few),
+        _large(24, 1),
+        _large(16, 2),
+        Phase("top_k", 300_000, 256, 100, top_k),
     )
+
+
+def _large(keep: int, unmasked: int) -> Phase:
+    """Batches that leave room for two servers only; `unmasked` is the number of its repeat there."""
+    name, variants = f"large {keep}", ("unmasked", f"keep{keep}", f"keep{keep}_rewritten")
+    sizes = ((128, 2048), (256, 512))
+    return Phase(
+        name, 300_000, 256, 90,
+        tuple(row for batch, new in sizes for row in rounds("sglang", name, variants, batch, new, {"unmasked": unmasked})),
+    )  # fmt: skip
 
 
 def vllm() -> tuple[Phase, ...]:
@@ -172,4 +176,11 @@ def vllm() -> tuple[Phase, ...]:
     )
 
 
-PLANS = {"sglang": sglang, "vllm": vllm}
+def tiny() -> tuple[Phase, ...]:
+    """A small one for the small model on a CPU, to try the scripts."""
+    few = rounds("tiny", "few", ("unmasked", "keep24", "keep24_rewritten"), 2, 24, repeats=3, prompt_tokens=32)
+    top_k = rounds("tiny", "top_k", ("top2", "keep24_top2"), 4, 16, prompt_tokens=32)
+    return Phase("few", 4_096, 8, 60, few), Phase("top_k", 4_096, 8, 45, top_k)
+
+
+PLANS: Mapping[str, Callable[[], tuple[Phase, ...]]] = {"sglang": sglang, "vllm": vllm, "tiny": tiny}
