@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from softprune.bench.client import DecodeClient
 from softprune.bench.errors import BenchmarkError
 from softprune.bench.figures import Repeat
-from softprune.errors import SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerCallError, ServerClient
 
