@@ -191,6 +191,21 @@ def test_rows_of_a_pack(tmp_path: Path) -> None:
         list(read_rows(tmp_path / "bad.parquet"))
 
 
+def test_rows_of_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "pack.jsonl"
+    path.write_text('{"text": "a"}\n{"text": null, "number": 2}\n{"text": " "}\n{"text": "b\\n"}\n')
+    assert list(read_rows(path)) == ["a", "b\n"]
+    for line, found in (
+        ("{", "line 5: found no JSON"),
+        ('{"words": 1}', "line 5.text: found None"),
+        ('["text"]', "line 5.text"),
+        ("", "line 5"),
+    ):
+        path.write_text('{"text": "a"}\n' * 4 + line + "\n")
+        with pytest.raises(PackError, match=found):
+            list(read_rows(path))
+
+
 class Bigram(torch.nn.Module):
     """Logits depend on the last token only: row i of the table follows token i."""
 
