@@ -15,7 +15,7 @@ Blocks = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
 ROWS = (("UNION", 1024), ("UNION", 2048), ("code", 1024))
 
 
-def scored(shift: float = 0.0, noise: float = 0.0, num_blocks: int = 24, tokens: int = 60, seed: int = 0) -> Blocks:
+def scored(shift: float = 0.0, noise: float = 0.0, num_blocks: int = 24, tokens: int = 40, seed: int = 0) -> Blocks:
     """(log p, H) of each block. The same seed gives the same tokens, to which a candidate adds a shift and noise of the logit of p.
 
     Blocks have a mean of their own, and from `tokens` // 2 to `tokens` tokens.
