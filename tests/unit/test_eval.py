@@ -200,27 +200,28 @@ def test_a_mask_that_is_switched_in_the_middle(start: Start, packs: PackSet, tmp
         evaluate(client, packs, tmp_path / "nameless.json")
 
 
+BAD_ANSWERS = {
+    "absent": r"found no log-probabilities of the prompt's tokens; expected \d+: the server leaves them out",
+    "truncated": r"found \d+ log-probabilities of the prompt's tokens; expected \d+: they are truncated",
+    "others": r"found token \d+ scored as .*; expected token \d+, as was sent",
+    "nan": r"found \d+ tokens that count without a finite log-probability; expected a number for each",
+    "-inf": r"found \d+ tokens that count without a finite log-probability; expected a number for each",
+    "few": r"found the \d+ likeliest tokens; expected 20, as were asked for",
+    "shape": r"found log-probabilities in another form; expected those of (vLLM|SGLang)",
+    "vocabulary": r"HTTP 400 BadRequestError: .* \(the packs' tokenizer has ids that the model has not\)",
+}
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("absent", r"found no log-probabilities of the prompt's tokens; expected \d+: the server leaves them out"),
-        ("truncated", r"found \d+ log-probabilities of the prompt's tokens; expected \d+: they are truncated"),
-        ("others", r"found token \d+ scored as .*; expected token \d+, as was sent"),
-        ("nan", r"found \d+ tokens that count without a finite log-probability; expected a number for each"),
-        ("-inf", r"found \d+ tokens that count without a finite log-probability; expected a number for each"),
-        ("few", r"found the \d+ likeliest tokens; expected 20, as were asked for"),
-        ("shape", r"found log-probabilities in another form; expected those of (vLLM|SGLang)"),
-        ("vocabulary", r"HTTP 400 BadRequestError: .* \(the packs' tokenizer has ids that the model has not\)"),
-    ],
-)
-def test_bad_answers(start: Start, packs: PackSet, tmp_path: Path, engine: str, fault: str, message: str) -> None:
+def test_bad_answers(start: Start, packs: PackSet, tmp_path: Path, engine: str) -> None:
     """The first block's are whole; what was scored stays, and nothing is written."""
-    server = start(engine, fault=fault, faulty=1)
-    with pytest.raises(SoftpruneError, match=message) as caught:
-        evaluate(client_of(server), packs, tmp_path / "x.json", EvalSettings(concurrency=1))
-    assert str(caught.value).startswith(server.url)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json.parts"]
+    server = start(engine)
+    for i, (fault, message) in enumerate(BAD_ANSWERS.items()):
+        server.engine.fault, server.engine.faulty = fault, len(server.engine.scored) + 1
+        with pytest.raises(SoftpruneError, match=message) as caught:
+            evaluate(client_of(server), packs, tmp_path / f"{i}.json", EvalSettings(concurrency=1))
+        assert str(caught.value).startswith(server.url)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i}.json.parts" for i in range(len(BAD_ANSWERS))]
 
 
 @pytest.mark.parametrize("limit", [0, 5, 19])
