@@ -53,7 +53,7 @@ NumBlocks = Annotated[int | None, typer.Option(min=1, help="Blocks of each pack 
 Budget = Annotated[int | None, typer.Option(min=1, metavar="N", help="Instead, tokens of each pack at each length: N // L blocks.")]
 BlockForm = Annotated[Form | None, typer.Option(help="Blocks of L ids, or of L+1, of which L are predicted; never comparable.")]
 NoUnion = Annotated[bool, typer.Option("--no-union", help="Leave out UNION, one conversation of each pack in turn.")]
-Tokenizer = Annotated[str | None, typer.Option(metavar="DIR", help="Else that of the server's model, as the server names it.")]
+Tokenizer = Annotated[str | None, typer.Option(metavar="DIR", help="Else the server's, as it names it.")]
 Concurrency = Annotated[int | None, typer.Option(min=1, help="Requests at once; 8 if nothing is said.")]
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder for both evaluations and the verdict; what is there is gone on with.")]
 Thresholds = Annotated[str | None, typer.Option("--gates", help="Thresholds, as `softprune gate` takes them.")]
@@ -100,7 +100,7 @@ def eval_command(
         served = ask_served(client)
         if one.top_k is not None and served.top_k not in (None, one.top_k):
             raise InputError(client.url, "top_k", str(served.top_k), f"{one.top_k}, as {recipe} says")
-        blocks = _packs(one, tokenizer or served.path, not no_union, errors, data_seed)
+        blocks = _packs(one, tokenizer or served.tokenizer, not no_union, errors, data_seed)
         place = out if len(chosen) == 1 else out.with_name(f"{out.stem}.{one.name}{out.suffix}")
         found = evaluated(client, blocks, place, _settings(one), errors, _tell)
         console.print(shown(found))
@@ -137,7 +137,7 @@ def noise_floor_command(
     with _verdict(errors) as show:
         gates, client = _gates(thresholds), ServerClient(url, key, engine_key=engine_key)
         run = _overridden(_only_run(recipe), files, seq_lens, num_blocks, token_budget, block_form, concurrency, label)
-        blocks = _packs(run, tokenizer or ask_served(client).path, not no_union, errors)
+        blocks = _packs(run, tokenizer or ask_served(client).tokenizer, not no_union, errors)
         show(noise_floor(client, blocks, out, _settings(run), gates, second_concurrency, errors, _tell))
 
 

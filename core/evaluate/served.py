@@ -23,6 +23,7 @@ class Served:
         engine, version: e.g. "vllm", "0.32.0".
         model: the name under which it is served.
         path: the checkpoint, as the server was given it.
+        tokenizer: likewise.
         context: tokens of a prompt and its answer, at most; None if the server does not say.
         status: softprune's, as `ServerClient.status` has it; None for a server without softprune.
     """
@@ -31,6 +32,7 @@ class Served:
     version: str
     model: str
     path: str
+    tokenizer: str
     context: int | None
     status: Mapping[str, Any] | None
 
@@ -78,7 +80,8 @@ def ask_served(client: ServerClient) -> Served:
         raise ServerCallError(client.url, 200, "", f"/v1/models: found {shortened(answer)}; expected a model") from None
     status = _if_there(client.status)
     path = (status or {}).get("model") or about.get("model_path") or card.get("root") or model
-    return Served(engine, version, model, str(path), context if isinstance(context, int) else None, status)
+    tokenizer = about.get("tokenizer_path") or path
+    return Served(engine, version, model, str(path), str(tokenizer), context if isinstance(context, int) else None, status)
 
 
 def _engine(client: ServerClient) -> tuple[Engine, str, Mapping[str, Any]]:

@@ -72,7 +72,7 @@ def sweep_command(
     rules = gates_module.read(gates)
     sizes = eval_packs.Sizes(seq_lens_of(seq_lens), num_blocks, token_budget)
     seeds: list[int | None] = list(whole_numbers("--data-seeds", data_seeds)) if data_seeds else [None]
-    path = tokenizer or ask_served(clients[0]).path
+    path = tokenizer or ask_served(clients[0]).tokenizer
     errors = Console(stderr=True)
     with errors.status("packs"):
         cut = {seed: eval_packs.load(packs or [], path, sizes, not no_union, data_seed=seed) for seed in seeds}
