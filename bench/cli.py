@@ -12,6 +12,7 @@ from softprune.bench import options
 from softprune.bench.compare_cli import compare_command
 from softprune.bench.max_batch_cli import max_batch_command
 from softprune.bench.options import ApiChoice, passes_progress, write
+from softprune.bench.report import report_command
 
 if TYPE_CHECKING:
     from softprune.bench.decode import Step
@@ -27,6 +28,7 @@ def _bench() -> None:
 
 bench_app.command("compare")(compare_command)
 bench_app.command("max-batch")(max_batch_command)
+bench_app.command("report")(report_command)
 
 
 @bench_app.command("decode")

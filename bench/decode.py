@@ -135,12 +135,13 @@ async def about(client: DecodeClient, gpu: str | None) -> dict[str, Any]:
         mask = status.get("mask") or {}
         served = {"fingerprint": status.get("fingerprint"), "mask_hash": mask.get("hash"), "num_kept": mask.get("num_kept")}
         served |= {"top_k": status.get("top_k"), "moe_backend": status.get("moe_backend")}
-    gpu = (status or {}).get("device") or (_local_gpus() if client.loopback else None) or gpu
+    gpu = (status or {}).get("device") or (local_gpus() if client.loopback else None) or gpu
     about = {"engine": client.engine, "model": client.model, "server_flags": client.flags}
     return {**about, "gpu": pathless(gpu), "softprune": pathless(served)}
 
 
-def _local_gpus() -> str | None:
+def local_gpus() -> str | None:
+    """Names of this machine's GPUs, as its driver tells them; None if there is none."""
     if not (tool := shutil.which("nvidia-smi")):
         return None
     command = [tool, "--query-gpu=name", "--format=csv,noheader"]
