@@ -59,7 +59,7 @@ def masks(fake: ServedFake) -> Masks:
 
 def test_two_servers_in_turns(server: FakeServer) -> None:
     """Every pass has prompts of its own; the document is what its description says."""
-    server.behave(Behaviour("vllm", **FAST, second=1.5))
+    server.behave(Behaviour("vllm", 0.02, 0.015, second=1.5))
     steps: list[tuple[str, Step]] = []
     document = compare(
         Urls(server.url, server.second), SMALL, [1, 3], repeats=3, warmup=1, gpu="Mine", progress=lambda *step: steps.append(step)
@@ -82,7 +82,7 @@ def test_two_servers_in_turns(server: FakeServer) -> None:
         for figure in ("decode_tok_s", "total_tok_s"):
             a, b = ([one[figure] for one in row[side]["repeats"]] for side in "ab")
             assert row["ratio"][figure]["pairs"] == [second / first for first, second in zip(a, b, strict=True)]
-        assert 1.2 < row["ratio"]["decode_tok_s"]["median"] < 1.8
+        assert row["ratio"]["decode_tok_s"]["median"] > 1.1
         assert (row["figure"], row["roofline"]) == ("decode_tok_s", None)
         assert row["says"].startswith("B is ") or row["says"].startswith("no difference")
     assert json.loads(json.dumps(document))["results"] == document["results"]
@@ -95,6 +95,7 @@ def test_without_streaming(server: FakeServer) -> None:
 
 
 def test_masks_are_switched_and_put_back(live: ServedFake) -> None:
+    live.engine.step_s = (0.02, 0.01)
     before = live.api.in_force
     sides = masks(live)
     document = compare(sides, SMALL, [1, 2], repeats=4, warmup=1, **OPTIONS)
@@ -111,7 +112,7 @@ def test_masks_are_switched_and_put_back(live: ServedFake) -> None:
     changes = [letter for letter, last in zip(letters, " " + letters, strict=False) if letter != last]
     found = ["A" if text is None else "B" for text, _ in live.api.asked]
     assert found == [*changes, "B"]
-    assert 1.3 < document["results"][0]["ratio"]["decode_tok_s"]["median"] < 2.2
+    assert document["results"][0]["ratio"]["decode_tok_s"]["median"] > 1.2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit(3), BenchmarkError(None, None, None, "a fault", "none")])
