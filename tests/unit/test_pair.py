@@ -62,7 +62,10 @@ def test_what_is_near_passes_and_what_is_far_fails() -> None:
 
 
 def test_differences_are_those_of_the_files() -> None:
-    result, one, other = far(), of(BASE, "b").cell("UNION", 1024), of(FAR, "c").cell("UNION", 1024)
+    settings = MetricSettings(cc_quantile=0.4)
+    documents = [document(shift, settings=settings, rows=(("UNION", 1024),), tokens=300) for shift in (0.0, 0.8)]
+    result = verdict(*documents)
+    one, other = (of(side, "e").cell("UNION", 1024) for side in documents)
     delta = {name: interval.value for name, interval in result.rows[0].delta.items()}
     for name in ("ppl", "mean_prob", "mean_entropy", "cc_rate"):
         assert delta[name] == other.metrics[name] - one.metrics[name]
@@ -77,6 +80,10 @@ def test_differences_are_those_of_the_files() -> None:
     assert result.rows[0].candidate["cc_rate_base_thr"] == pytest.approx(rates[1])
     assert rates[0] == one.metrics["cc_rate"]
     assert delta["cc_rate_base_thr"] != pytest.approx(delta["cc_rate"])
+    for interval in result.rows[0].delta.values():
+        assert interval.low is not None
+        assert interval.high is not None
+        assert interval.low < interval.value < interval.high
 
 
 def test_draws_are_what_repeated_blocks_give() -> None:
