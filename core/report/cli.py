@@ -19,10 +19,13 @@ def report_command(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")],
     base: Annotated[Path | None, typer.Option(help="Evaluation to compare the others with; else the first of several.")] = None,
+    gates: Annotated[
+        str, typer.Option(help="Thresholds where no result of a gate is given: near-lossless-v1, or a file.")
+    ] = "near-lossless-v1",
 ) -> None:
     """Write one HTML file of what is given: verdicts, tables, planes, heatmaps. It needs no network and no server to be read."""
     from softprune.report.html import report, write_report  # Jinja2, Pillow and NumPy, without which the other commands start
 
-    text = report(files, base)
+    text = report(files, base, gates)
     write_report(text, out)
     console.print(f"{out}: {readable(len(text.encode()))}", soft_wrap=True, markup=False)

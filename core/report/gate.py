@@ -57,18 +57,16 @@ def gate_section(
         thresholds=gate.gates.name,
         valid=gate.verdict != "INVALID",
     )
-    return found, Section(id_, title, body)
+    return found, Section(id_, title, body, found.badge)
 
 
 def _checks(caption: str, of: list[Row]) -> Table | None:
-    rows: list[list[Cell | str]] = [
-        [
-            Cell(verdict.metric(check), row.name), Cell("pass" if check.passed else "FAIL", mark="pass" if check.passed else "fail"),
-            verdict.value(check), verdict.limit(check), Cell(check.note, mark="long"),
-        ]
-        for row in of
-        for check in row.checks
-    ]  # fmt: skip
+    rows: list[list[Cell | str]] = []
+    for row in of:
+        for check in row.checks:
+            name, value, limit = verdict.columns(check)
+            result = Cell("pass", mark="pass") if check.passed else Cell("FAIL", mark="fail")
+            rows.append([Cell(name, row.name), result, value, limit, Cell(check.note, mark="long")])
     columns = ("check, candidate less base", "result", "value", "limit", "which value or limit")
     return Table(caption, columns, rows, words=(1, 4)) if rows else None
 

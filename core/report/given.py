@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Given:
         elif kind == "sweep":
             self.sweeps.append(SweepFolder(parsed(Sweep, document, source), path.parent, source))
         elif kind == "evaluation":
-            self.evaluations.append((path.name, evaluation_file.of(document, source)))
+            self.evaluations.append((path.name, _named(evaluation_file.of(document, source), path)))
         else:
             form = document.get("format") if isinstance(document, dict) else None
             found = "JSON without a known format" if form is None else f"JSON of the format {shortened(form)}"
@@ -92,7 +92,12 @@ def evaluation_of(path: Path) -> Evaluation:
     Raises:
         InputError: it cannot be read, or is none.
     """
-    return evaluation_file.read(path)
+    return _named(evaluation_file.read(path), path)
+
+
+def _named(evaluation: Evaluation, path: Path) -> Evaluation:
+    """Under its file's bare name: a page that is passed on should not tell of its maker's folders."""
+    return replace(evaluation, source=path.name)
 
 
 def gate_of(path: Path) -> Gate:

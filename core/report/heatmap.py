@@ -33,7 +33,9 @@ def heatmap(values: NDArray[Any], label: str, unit: str, pruned: Sequence[Sequen
     layers, experts = values.shape
     width, height = WIDTH - LEFT - RIGHT, _height(layers)
     finite = values[np.isfinite(values)]
-    low, high = min(0.0, float(finite.min(initial=0.0))), float(finite.max(initial=0.0))
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    # From 0 on, if that leaves the values their contrast.
+    low = 0.0 if 0 <= low < high / 2 else low
     w, h = width / experts, height / layers
     image = image_of(data_uri(shades(values, low, high), sequential()), LEFT, TOP, width, height)
     marks = [image, _frame(height), _ticks(layers, experts, w, h, height)]

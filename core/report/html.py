@@ -19,12 +19,13 @@ from softprune.report.statistics import statistics_section
 from softprune.report.sweep import sweep_section
 
 
-def report(files: Sequence[Path], base: Path | None = None) -> str:
+def report(files: Sequence[Path], base: Path | None = None, thresholds: str = gates.NEAR_LOSSLESS) -> str:
     """The page of some files; the same files give the same page.
 
     Args:
         files: statistics, evaluations, gates' results, sweeps and masks, in any order.
         base: evaluation that the others are compared with; without it, the first of several is.
+        thresholds: for pairs whose gate's result is not among the files: a shipped set's name, or a file.
 
     Raises:
         InputError: a file that cannot be read, is of no known kind, or does not go with another.
@@ -35,7 +36,7 @@ def report(files: Sequence[Path], base: Path | None = None) -> str:
     for file in files:
         given.add(file)
     parts = [sweep_section(sweep, f"sweep-{i}") for i, sweep in enumerate(given.sweeps)]
-    parts += _evaluations(given)
+    parts += _evaluations(given, thresholds)
     for i, (name, mask) in enumerate(given.masks):
         parts.append(mask_section(mask, name, f"mask-{i}", given.statistics))
     for i, (name, statistics) in enumerate(given.statistics):
@@ -45,7 +46,7 @@ def report(files: Sequence[Path], base: Path | None = None) -> str:
     return page(_title(given), [summary for summary, _ in parts], [section for _, section in parts], given.sources)
 
 
-def _evaluations(given: Given) -> list[tuple[Summary, Section]]:
+def _evaluations(given: Given, thresholds: str) -> list[tuple[Summary, Section]]:
     """Sections of pairs, of a lone evaluation, and of results of gates whose evaluations are not given."""
     if len(given.evaluations) < 2:
         lone = [evaluation_section(of, name, f"evaluation-{i}") for i, (name, of) in enumerate(given.evaluations)]
@@ -58,7 +59,7 @@ def _evaluations(given: Given) -> list[tuple[Summary, Section]]:
             unused.remove(mine[0])
             gate = mine[0][1]
         else:
-            gate = parsed(Gate, compare(base, candidate, gates.read(gates.NEAR_LOSSLESS)).document(), name)
+            gate = parsed(Gate, compare(base, candidate, gates.read(thresholds)).document(), name)
         parts.append(gate_section(gate, base, candidate, f"pair-{i}", _versus(gate)))
     if unused:
         name, gate = unused[0]

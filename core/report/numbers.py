@@ -70,9 +70,9 @@ def kept(num_kept: list[int] | None, experts: int | None = None) -> str:
     return (f"{low}" if low == high else f"{low} to {high}") + ("" if experts is None else f" of {experts}")
 
 
-def plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str, ending: str = "s") -> str:
     """ "1 check", "3 checks"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
 def _minus(text: str) -> str:

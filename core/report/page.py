@@ -22,11 +22,13 @@ class Section:
         id: anchor, unique in the page.
         title: heading.
         body: markup.
+        badge: a verdict, or "".
     """
 
     id: str
     title: str
     body: Markup
+    badge: str = ""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _facts(header: Header) -> list[tuple[str, str]]:
         facts.append((f"Run {run.id}", f"{run.engine} {run.engine_version}, {run.started} to {run.ended}{words}"))
     if len(header.runs) > 4:
         facts.append(("Other runs", str(len(header.runs) - 4)))
-    facts += [(f"Data set {data.id}", plural(len(data.hashes), "hash").replace("hashs", "hashes")) for data in header.data_sets]
+    facts += [(f"Data set {data.id}", plural(len(data.hashes), "content hash", "es")) for data in header.data_sets]
     return facts
 
 

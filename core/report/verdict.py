@@ -15,6 +15,7 @@ METRICS = {
     "mean_prob": "Δ mean p",
     "js2d": "JS2D",
 }
+NATS, PP = "\N{NO-BREAK SPACE}nats", "\N{NO-BREAK SPACE}pp"
 
 
 def metric(check: Check) -> str:
@@ -25,15 +26,23 @@ def metric(check: Check) -> str:
 def value(check: Check) -> str:
     """What was found, with its unit."""
     if check.metric.startswith("cc_rate"):
-        return points(check.value)
-    return f"{fixed(check.value)} nats" if check.metric == "js2d" else signed(check.value)
+        return points(check.value).replace(" pp", PP)
+    return f"{fixed(check.value)}{NATS}" if check.metric == "js2d" else signed(check.value)
 
 
 def limit(check: Check) -> str:
     """How much it may be, with its unit."""
     if check.metric == "js2d":
-        return f"≤ {number(check.limit, 3)} nats"
-    return f"± {number(100 * check.limit, 3)} pp" if check.metric.startswith("cc_rate") else f"± {number(check.limit, 3)}"
+        return f"≤\N{NO-BREAK SPACE}{number(check.limit, 3)}{NATS}"
+    share = check.metric.startswith("cc_rate")
+    return "±\N{NO-BREAK SPACE}" + (f"{number(100 * check.limit, 3)}{PP}" if share else number(check.limit, 3))
+
+
+def columns(check: Check) -> tuple[str, str, str]:
+    """Name, value and limit for a table, where the unit stands with the name: three columns then fit a phone."""
+    unit = next((unit for unit in (NATS, PP) if value(check).endswith(unit)), "")
+    name = metric(check) + (f", {unit.strip()}" if unit else "")
+    return name, value(check).removesuffix(unit), limit(check).removesuffix(unit)
 
 
 def summary(gate: Gate) -> Summary:

@@ -6,7 +6,7 @@ import datetime
 import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -31,9 +31,11 @@ def document(
     data: str = "a",
     mask: str | None = None,
     kept: int | None = None,
+    scale: Literal["linear", "log"] = "linear",
 ) -> dict[str, Any]:
     """An evaluation of tokens that one law made, each a little less likely with more `harm`; `seed` only changes the harm done."""
-    settings, packs = MetricSettings(sample_points=50), {}
+    settings = MetricSettings(sample_points=50, prob_scale=scale)
+    packs: dict[str, dict[str, Any]] = {}
     for pack, length in rows:
         tokens_rng = np.random.default_rng([zlib.crc32(pack.encode()), length])
         harm_rng, total = np.random.default_rng([seed, length]), Accumulator(settings)
@@ -58,7 +60,7 @@ def document(
         "dataset_repo": None, "pack_files": files, "model_id": label, "model_path": "tiny",
         "gpu_type": None, "gpu_name": None, "gpu_sm": None, "torch": "2.13.0", "vllm_version": "0.32.0", "transformers_version": "5.0",
         "engine": "vllm", "top_k": 4, "entropy_topk": 20, "cc_quantile": 0.15, "num_blocks": blocks, "batch_size": 8,
-        "hist_xbins": 160, "hist_ybins": 120, "prob_scale": "linear", "logp_min": -12.0, "logp_max": 0.0, "sample_points": 50,
+        "hist_xbins": 160, "hist_ybins": 120, "prob_scale": scale, "logp_min": -12.0, "logp_max": 0.0, "sample_points": 50,
         "seq_lens": sorted({length for _, length in rows}), "axes": {"x": "p", "y": "H_topK/ln(K)"}, "x_min": 0.0, "x_max": 1.0,
         "run_id": "20261120_120000", "softprune": own,
     }  # fmt: skip

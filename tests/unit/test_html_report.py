@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from softprune.evaluate import gates
 from softprune.report.chart import Axis, steps
 from softprune.report.html import report
 from softprune.stats.file import write
@@ -19,6 +20,7 @@ from tests.unit.test_cli import run
 
 EVIL = "<script>alert('x')</script>\"&{{ 7 * 7 }}"
 SMALL: dict[str, Any] = {"rows": (("UNION", 1024), ("UNION", 2048), (EVIL, 1024)), "blocks": 8, "tokens": 40}
+LIMITS = ("abs_delta_ppl", "rel_delta_ppl", "abs_delta_cc_rate", "abs_delta_mean_prob", "js2d")
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 DRAWN = {"path", "rect", "line", "circle", "image", "stop"}
 
@@ -154,6 +156,7 @@ def test_verdicts(folder: Path, name: str, verdict: str, words: str) -> None:
     assert page.badges == [verdict]
     assert words in page.text
     assert f"{verdict} " in page.text
+    assert str(folder) not in page.source
     differences = [found for found in page.all("svg") if " less base: " in found.get("aria-label", "")]
     assert bool(differences) == (verdict != "INVALID")
     assert any(row[0] == "weights' fingerprint" for row in page.rows)
@@ -174,6 +177,17 @@ def test_a_pair_shows_every_row_and_check(folder: Path) -> None:
     assert page.text.count("share of tokens in a cell") == 2 * len(gate["rows"])
 
 
+def test_planes_of_other_axes_stand_side_by_side_and_are_not_subtracted(folder: Path, tmp_path: Path) -> None:
+    log = report_of.written(tmp_path / "log.json", "other axes", scale="log", **SMALL)
+    page = Page(report([folder / "base.json", log]))
+    assert page.badges == ["INVALID"]
+    assert "they differ in prob_scale" in page.text
+    assert page.text.count("log10 p of the reference token") == page.text.count("share of tokens in a cell") / 2 == 3
+    assert ["scale of p", "linear", "log"] in page.rows
+    assert "candidate less base" not in page.text
+    assert "log10 p of the reference token" in Page(report([log])).text
+
+
 def test_a_gate_given_is_used_as_it_is(folder: Path, tmp_path: Path) -> None:
     gate = json.loads((folder / "fail.gate.json").read_text())
     gate["gates"]["name"] = "my own gates"
@@ -191,7 +205,7 @@ def test_the_same_files_give_the_same_page(folder: Path) -> None:
 
 def test_several_candidates(folder: Path) -> None:
     page = Page(report([folder / "pass.json", folder / "fail.json"], folder / "base.json"))
-    assert page.badges == ["PASS", "FAIL"]
+    assert page.badges == ["PASS", "FAIL"] * 2
     assert len(page.all("section")) == 2
 
 
@@ -284,6 +298,14 @@ def test_a_mask_beside_statistics(folder: Path, tmp_path: Path) -> None:
     page = Page(report([tmp_path / "other.json", folder / "stats.safetensors"]))
     assert "is of another model (3 layers × 12 experts; the mask has 3 × 16)" in page.text
     assert not page.all("path", **{"class": "cross"})
+
+
+def test_thresholds_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    thresholds = json.loads(gates.read(gates.NEAR_LOSSLESS).model_dump_json()) | {"name": "loose", "primary_seq_lens": [2048]}
+    (tmp_path / "loose.json").write_text(json.dumps(thresholds | {f"max_{name}": 9.0 for name in LIMITS}))
+    page = Page(report([folder / "base.json", folder / "fail.json"], thresholds=str(tmp_path / "loose.json")))
+    assert page.badges == ["PASS"]
+    assert "all 4 checks of loose hold. PPL on UNION@2048" in page.text
 
 
 def test_command(folder: Path, tmp_path: Path) -> None:
