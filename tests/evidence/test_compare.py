@@ -29,8 +29,8 @@ def servers() -> Iterator[list[FakeServer]]:
 
 
 def trial(server: FakeServer, seed: int, truth: float) -> dict[str, Any]:
-    """What a comparison finds; a pass takes a second, so that a busy machine's own noise is small beside the planted one."""
-    server.behave(Behaviour("vllm", 0.08, 0.08, noise=seed, second=truth))
+    """What a comparison finds; a pass takes two seconds, so that a busy machine's own noise is small beside the planted one."""
+    server.behave(Behaviour("vllm", 0.16, 0.16, noise=seed, second=truth))
     document = compare(Urls(server.url, server.second), Workload(8, 13, seed), [1], repeats=10, warmup=1)
     return dict(document["results"][0]["ratio"]["decode_tok_s"])
 

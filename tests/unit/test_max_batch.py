@@ -63,6 +63,15 @@ def test_without_streaming_the_gauge_decides(server: FakeServer) -> None:
     assert (document["max_batch"], document["tries"][0]["together"], document["tries"][0]["max_running"]) == (3, None, 3)
 
 
+def test_a_preemption_ends_its_pass(server: FakeServer) -> None:
+    """It is known after 0.2 s of 1 s that it has failed."""
+    server.behave(Behaviour("vllm", 0.1, 0.1, capacity=1, full="preempt"))
+    document = max_batch(server.url, WORK, most=2, start=2, repeats=1)
+    assert document["max_batch"] == 1
+    assert document["limit"] == "1 of 2 requests were preempted by the time that one was seen"
+    assert [one["total_tok_s"] is None for one in document["tries"]] == [True, False, False]
+
+
 def test_bounds(server: FakeServer) -> None:
     """No size is tried above what was asked for, or above what the engine takes; not even one may run."""
     server.behave(Behaviour("vllm", **SLOW))
