@@ -47,7 +47,7 @@ class Shape:
     prompt_tokens: int = 256
     max_new_tokens: int = 2048
     probe_tokens: int = 80_000
-    graphs: int = 160
+    graphs: int = 192
     most: int = 512
     boot_s: tuple[float, float] = (60, 90)
     search_s: tuple[Mapping[str, float], ...] = (

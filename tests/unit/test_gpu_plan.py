@@ -156,6 +156,7 @@ class Fakes:
         monkeypatch.setattr(matrix, "prepare_seconds", lambda *_: 0)
         monkeypatch.setattr(matrix, "masks_for", lambda _: {})
         monkeypatch.setattr(Matrix, "_put", put)
+        monkeypatch.setattr(Matrix, "_check_served", lambda *_: None)  # fake servers do not know masks
 
 
 PHASES = tuple(
@@ -170,7 +171,7 @@ def server() -> Iterator[FakeServer]:
 
 
 def run(server: FakeServer, folder: Path, limit_s: float, phases: tuple[Phase, ...] = PHASES, only: list[str] | None = None) -> Matrix:
-    server.behave(Behaviour("vllm", 0.02, 0.002))
+    server.behave(Behaviour("vllm", 0.02, 0.01))
     store = Store(folder / "out")
     store.open(resume=True)
     return Matrix(VllmCpu(), phases, folder, store, Budget(limit_s + session.STOPPING_S), only)
@@ -178,10 +179,10 @@ def run(server: FakeServer, folder: Path, limit_s: float, phases: tuple[Phase, .
 
 def test_rows_are_kept_and_not_measured_again(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes = Fakes(monkeypatch, server)
-    assert run(server, tmp_path, 60, only=["keep24.bs2.new24.r1"]).run() == []
+    assert run(server, tmp_path, 600, only=["keep24.bs2.new24.r1"]).run() == []
     assert fakes.boots == [["base"]]
     before = (tmp_path / "out" / "keep24.bs2.new24.r1.json").read_bytes()
-    assert run(server, tmp_path, 60).run() == []
+    assert run(server, tmp_path, 600).run() == []
     assert fakes.boots[1:] == [["base", "rewritten24"], ["top2"]]
     assert fakes.puts == [24, None, 24, None, None, 24, None, 24]
     assert (tmp_path / "out" / "keep24.bs2.new24.r1.json").read_bytes() == before
@@ -190,7 +191,7 @@ def test_rows_are_kept_and_not_measured_again(server: FakeServer, tmp_path: Path
     assert document["settings"]["max_new_tokens"] == 24
     assert document["results"][0]["batch"] == 2
     assert len(list((tmp_path / "out").iterdir())) == sum(len(phase.rows) for phase in PHASES)
-    assert run(server, tmp_path, 60).run() == []
+    assert run(server, tmp_path, 600).run() == []
     assert len(fakes.boots) == 3
 
 
@@ -215,28 +216,28 @@ def test_a_round_is_begun_only_if_there_is_time_for_it(server: FakeServer, tmp_p
 
 def test_a_server_that_is_not_up_leaves_its_rows(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Fakes(monkeypatch, server, broken=("rewritten24",))
-    assert {row.variant for row in run(server, tmp_path, 60).run()} == {"keep24_rewritten"}
+    assert {row.variant for row in run(server, tmp_path, 600).run()} == {"keep24_rewritten"}
 
 
 def test_failed_rows_are_told_and_stay_left(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Fakes(monkeypatch, server)
-    one = run(server, tmp_path, 60, only=["unmasked.bs2.new24.r1"])
-    server.behave(Behaviour("vllm", 0.02, 0.002, fault="short", faulty=2))
+    one = run(server, tmp_path, 600, only=["unmasked.bs2.new24.r1"])
+    server.behave(Behaviour("vllm", 0.02, 0.01, fault="short", faulty=2))
     assert [row.name for row in one.run()] == ["unmasked.bs2.new24.r1"]
     assert "LengthError" in (tmp_path / "out" / "unmasked.bs2.new24.r1.error").read_text()
-    two = run(server, tmp_path, 60, only=["unmasked.bs2.new24.r1"])
-    server.behave(Behaviour("vllm", 0.02, 0.002, cached=20))
+    two = run(server, tmp_path, 600, only=["unmasked.bs2.new24.r1"])
+    server.behave(Behaviour("vllm", 0.02, 0.01, cached=20))
     two.run()
     assert "prompt tokens came from the prefix cache" in (tmp_path / "out" / "unmasked.bs2.new24.r1.error").read_text()
     with pytest.raises(InputError, match="--only: found nothing; expected rows of the plan"):
-        run(server, tmp_path, 60, only=["nothing"])
+        run(server, tmp_path, 600, only=["nothing"])
 
 
 def test_figures(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Fakes(monkeypatch, server)
     raw, results = tmp_path / "out", tmp_path / "results"
     results.mkdir()
-    assert run(server, tmp_path, 60).run() == []
+    assert run(server, tmp_path, 600).run() == []
     for path in raw.iterdir():
         document = json.loads(path.read_text())
         factor = {"unmasked": 1.0, "keep24": 1.1, "keep24_rewritten": 1.0}.get(document["notes"]["variant"], 1.2)
