@@ -137,7 +137,7 @@ class Headroom:
         rooms = {one: self.shape.room(size, memory[one]) for one in variants}
         least = self.shape.prompt_tokens + self.shape.max_new_tokens
         for one in [one for one in variants if rooms[one] < least]:
-            found = f"room for {rooms.pop(one)} KV tokens on {size:g} GiB"
+            found = f"found room for {rooms.pop(one)} KV tokens on {size:g} GiB"
             self.store.failed(self._row(card, one), ServerError(f"{found}; expected {least}, one request"))
         servers = {VARIANTS[one]: tokens for one, tokens in rooms.items()}
         seconds = self.budget.left - self.rows[self._row(card, variants[0])]

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from softprune.bench import headline
-from softprune.bench.gpu import matrix, session
+from softprune.bench.gpu import headroom, matrix, session
 from softprune.bench.gpu.__main__ import app
 from softprune.bench.gpu.figures import compared, write_figures
 from softprune.bench.gpu.headroom import Headroom, Shape
@@ -231,6 +231,55 @@ def test_failed_rows_are_told_and_stay_left(server: FakeServer, tmp_path: Path, 
     assert "prompt tokens came from the prefix cache" in (tmp_path / "out" / "unmasked.bs2.new24.r1.error").read_text()
     with pytest.raises(InputError, match="--only: found nothing; expected rows of the plan"):
         run(server, tmp_path, 600, only=["nothing"])
+
+
+def test_headroom_goes_from_memory_to_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boots: list[dict[str, int]] = []
+    alone = {"plain": 12.8, "rewritten16": 7.0, "rewritten24": 10.0}
+
+    class Card(VllmCpu):
+        def memory(self, server: Any, model: Path) -> dict[str, Any]:
+            return {"weights_gib": alone[server.name], "graphs_gib": 1.2, "kv_gib": 4.0, "kv_tokens": 100_000}
+
+    class Up:
+        key, port = "k", 1
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    @contextmanager
+    def booted(_: Any, rooms: Mapping[Served, int], *__: Any) -> Iterator[dict[str, Any]]:
+        boots.append({one.name: tokens for one, tokens in rooms.items()})
+        yield {one.name: Up(one.name) for one in rooms}
+
+    def found(url: str, workload: Any, most: int, start: Any, step: int, *_: Any, notes: dict[str, str], **__: Any) -> dict[str, Any]:
+        return {"format": "softprune.max-batch", "max_batch": step, "limit": "preempted", "notes": notes}
+
+    monkeypatch.setattr(headroom, "booted", booted)
+    monkeypatch.setattr(headroom, "prepare", lambda *_: None)
+    monkeypatch.setattr(headroom, "prepare_seconds", lambda *_: 0)
+    monkeypatch.setattr(headroom, "max_batch", found)
+    store = Store(tmp_path)
+    shape = Shape(cards_gib=(14.5, 24))
+
+    def go(limit_s: float) -> list[str]:
+        return Headroom(Card(), shape, tmp_path, store, Budget(limit_s + session.STOPPING_S)).run()
+
+    assert len(go(65)) == 6
+    assert boots == [{"plain": 80_000}, {"rewritten16": 80_000}, {"rewritten24": 80_000}]
+    # 14.5 GiB less 1, 12.8 and 1.2 leaves nothing for the whole checkpoint.
+    assert go(1000) == ["max_batch.14.5gib.unmasked"]
+    assert (
+        "found room for 0 KV tokens on 14.5 GiB; expected 2304, one request" in (tmp_path / "max_batch.14.5gib.unmasked.error").read_text()
+    )
+    assert boots[3:] == [
+        {"rewritten16": 132_500, "rewritten24": 57_500}, {"plain": 225_000, "rewritten16": 370_000}, {"rewritten24": 295_000},
+    ]  # fmt: skip
+    notes = json.loads((tmp_path / "max_batch.24gib.keep16.json").read_text())["notes"]
+    assert notes == {
+        "variant": "keep16", "card_gib": "24", "reserve_gib": "1", "kv_tokens": "370000", "kv_bytes_a_token": "42950",
+        "servers_on_gpu": "2", "weights_gib": "7.000", "graphs_gib": "1.200",
+    }  # fmt: skip
 
 
 def test_figures(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
