@@ -18,11 +18,12 @@ from softprune.bench.decode import Step, about, check_sizes, head
 from softprune.bench.errors import BenchmarkError
 from softprune.bench.figures import summary
 from softprune.bench.prompts import Api, Workload
-from softprune.bench.sides import Side, mask_put_back, masked_sides, terminated_by_signal
+from softprune.bench.sides import Side, masked_sides
 from softprune.bench.step_limits import StepLimits
 from softprune.errors import InputError, SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerClient
+from softprune.server_mask import mask_put_back, terminated_by_signal
 
 FORMAT, VERSION = "softprune.decode-comparison", 1
 FIGURES = ("decode_tok_s", "total_tok_s")

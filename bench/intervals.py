@@ -8,6 +8,18 @@ honest for few pairs in two ways: it is symmetric (the 95 % quantile of the dist
 leave the other side without a bound), and that distance is multiplied by t(n - 1) / z x sqrt(n / (n - 1)), as for a mean of n values (the
 expansion of Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 5.3). The plain percentile bootstrap of a median is
 not honest: of three pairs it holds the truth in 73 % of trials.
+
+What it does in 2,000 trials of simulated noise, B 3 % faster than A (`tests/unit/noise.py`: "quiet" passes differ by 0.4 %; "stalls" drift
+by 1.5 %, differ by 0.5 % besides, and 1 pass in 20 loses 5 to 40 %): how often the interval holds the truth, its median half-width, and
+how often B is found to be faster.
+
+    pairs              3       4       5       6       7       8      10      12
+    quiet   holds   .981    .981    .998    .985    .970    .973    .964    .974
+            width  1.4 %   0.9 %   1.1 %   0.6 %   0.6 %   0.5 %   0.4 %   0.4 %
+            found    .95    1.00    1.00    1.00    1.00    1.00    1.00    1.00
+    stalls  holds   .988    .988    .997    .993    .975    .974    .971    .972
+            width  3.9 %   2.9 %   3.3 %   2.2 %   1.5 %   1.2 %   1.1 %   1.0 %
+            found    .36     .50     .43     .53     .86     .89     .97     .97
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ first token before any has its last; without streaming, in the engine's gauge of
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +24,8 @@ from softprune.errors import InputError
 
 FORMAT, VERSION = "softprune.max-batch", 1
 POLL_SECONDS = 0.2
+IDLE_SECONDS = 60.0
+"""Longest wait for requests of others, or of a pass that was given up."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Try:
         max_running: most requests that the engine's gauge showed; engines update it now and then only.
         together: how many requests ran at once by what the streams show; None without streaming.
         error: what went wrong.
-        figures: of the pass, without its streams; None after an error.
+        figures: of the pass, without its streams; None after an error, and where a preemption was seen, which ends a pass.
     """
 
     batch: int
@@ -164,16 +165,19 @@ class _Trial:
         before = await self._settled()
         self._number += 1
         seen: list[int] = [0]
-        poll = asyncio.create_task(self._watch(seen))
+        tried = asyncio.create_task(self.client.run_batch(size, self._number))
+        watch = asyncio.create_task(self._watch(seen, before.preempted))
         result, error = None, None
         try:
-            result = await self.client.run_batch(size, self._number)
+            await asyncio.wait((tried, watch), return_when=asyncio.FIRST_COMPLETED)
+            if not (watch.done() and watch.exception() is None):
+                result = await tried
         except BenchmarkError as found:
             error = found
         finally:
-            poll.cancel()
-            with contextlib.suppress(asyncio.CancelledError, BenchmarkError):
-                await poll
+            tried.cancel()
+            watch.cancel()
+            await asyncio.gather(tried, watch, return_exceptions=True)
         after = await self._settled()  # raises if the server is gone
         preempted, together = after.preempted - before.preempted, _together(result) if result and self.client.stream else None
         why: str | None
@@ -190,7 +194,7 @@ class _Trial:
 
     async def _settled(self) -> engine_metrics.Load:
         """The engine's load once nothing runs or waits; those of a pass that failed are given up, which engines take a moment for."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + IDLE_SECONDS
         while True:
             load = await self._load()
             if not load.running and not load.waiting:
@@ -203,9 +207,13 @@ class _Trial:
     async def _load(self) -> engine_metrics.Load:
         return engine_metrics.load_of(await engine_metrics.read(self.client), self.client.engine["name"])
 
-    async def _watch(self, seen: list[int]) -> None:
+    async def _watch(self, seen: list[int], preempted: int) -> None:
+        """Look at the engine's load until a request is preempted: a pass that has failed need not be waited for."""
         while True:
-            seen.append((await self._load()).running)
+            load = await self._load()
+            seen.append(load.running)
+            if load.preempted > preempted:
+                return
             await asyncio.sleep(POLL_SECONDS)
 
 
@@ -242,5 +250,6 @@ def _reason(failed: Try, flags: Mapping[str, Any]) -> str:
     if failed.why == "error":
         return f"error at {failed.batch}: {failed.error}"
     if failed.why == "preempted":
-        return f"{failed.preempted} of {failed.batch} requests were preempted"
+        so_far = "" if failed.figures else " by the time that one was seen"
+        return f"{failed.preempted} of {failed.batch} requests were preempted{so_far}"
     return f"queued: of {failed.batch} requests at most {failed.at_once} ran at once (KV room, or the engine's cap on running requests)"

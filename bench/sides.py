@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +10,6 @@ from numpy.typing import NDArray
 from softprune.bench.client import DecodeClient
 from softprune.bench.errors import BenchmarkError
 from softprune.bench.figures import Repeat
-from softprune.errors import SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerCallError, ServerClient
 
@@ -74,7 +69,7 @@ class MaskedSide(Side):
             if self._shared["probed"]:
                 self.control.routes(reset=True)
             result = await super().measured(batch, place)
-            found = self.control.status()["epoch"]
+            found = self.control.status()["mask_epoch"]
             if self._shared["probed"] and place > 0:
                 counts = np.array(self.control.routes()["counts"], np.int64)
                 self.counts = counts if self.counts is None else self.counts + counts
@@ -109,39 +104,3 @@ def _has_probe(control: ServerClient) -> bool:
             raise
         return False
     return True
-
-
-@contextmanager
-def mask_put_back(control: ServerClient) -> Iterator[None]:
-    """Put the mask back that is in force now, whatever ends the block.
-
-    Raises:
-        ServerCallError: the server cannot be asked; the block was not entered.
-        SoftpruneError: the mask could not be put back; what it was is said.
-    """
-    before = control.mask()
-    try:
-        yield
-    finally:
-        try:
-            control.switch(before)
-        except ServerCallError as error:
-            what = "no mask" if before is None else f"mask {before.hash}"
-            raise SoftpruneError(f"{error}\n  NOT PUT BACK: {what} was in force before the comparison; apply it again") from error
-
-
-@contextmanager
-def terminated_by_signal() -> Iterator[None]:
-    """Within the block, SIGTERM ends the process as Ctrl-C does: what has to be put back is put back first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

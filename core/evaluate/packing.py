@@ -82,6 +82,11 @@ def block_hashes(blocks: Blocks) -> list[str]:
     ]
 
 
+def blocks_sha256(blocks: Blocks) -> str:
+    """What identifies all blocks together: SHA-256 over their hashes, in 64 hexadecimal digits."""
+    return hashlib.sha256("".join(block_hashes(blocks)).encode()).hexdigest()
+
+
 def read_rows(path: str | Path, column: str = "text") -> Iterator[str]:
     """The non-blank texts of a Parquet file, row group by row group.
 
@@ -117,6 +122,16 @@ def union(packs: Sequence[Iterable[str]]) -> Iterator[str]:
                 yield next(pack)
             except StopIteration:
                 open_packs.remove(pack)
+
+
+def shuffled(rows: Iterable[str], seed: int) -> Iterator[str]:
+    """Rows in another order, which the seed and each row's text decide (spec/metrics.md 3.4); holds all of them in memory.
+
+    Args:
+        rows: conversations.
+        seed: of the order; another seed puts other rows into the first blocks.
+    """
+    return iter(sorted(rows, key=lambda text: hashlib.blake2b(f"{seed}\n{text}".encode(errors="ignore"), digest_size=8).digest()))
 
 
 def encode_row(text: str, tokenizer: Any) -> Row:

@@ -15,14 +15,8 @@ from numpy.typing import NDArray
 
 from softprune.checkpoint.dequantize import dequantize_checkpoint
 from softprune.checkpoint.families import family_of, read_config
-from softprune.errors import SoftpruneError
-
-MAX_MEAN_NLL = 30.0
-"""Perplexity is cut at exp of this (spec/metrics.md 1.6)."""
-
-
-class EvaluationError(SoftpruneError):
-    """An evaluation that would have to make a number up."""
+from softprune.evaluate.errors import EvaluationError
+from softprune.evaluate.metrics import MAX_MEAN_NLL
 
 
 @dataclass(frozen=True)

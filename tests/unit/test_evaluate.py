@@ -16,9 +16,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from softprune.checkpoint.harmony import tokenizer_files
+from softprune.evaluate.errors import EvaluationError
 from softprune.evaluate.harmony import HarmonyError, Message, completion_spans, parse_messages
-from softprune.evaluate.packing import PackError, encode_row, pack_rows, read_rows, union
-from softprune.evaluate.reference import EvaluationError, mean_nll, perplexity, score
+from softprune.evaluate.packing import PackError, encode_row, pack_rows, read_rows, shuffled, union
+from softprune.evaluate.reference import mean_nll, perplexity, score
 
 USER = "<|start|>user<|message|>Add 2 and 3.<|end|>"
 ANALYSIS = "<|start|>assistant<|channel|>analysis<|message|>2+3=5<|end|>"
@@ -161,6 +162,14 @@ def test_too_few_rows(tokenizer: Any) -> None:
         pack_rows([USER], tokenizer, 64, 2, "rows")
     with pytest.raises(PackError, match="expected at least 1 blocks"):
         pack_rows([], tokenizer, 64, None, "rows")
+
+
+def test_a_seed_decides_the_order_whatever_the_order_before() -> None:
+    rows = [f"row {i}" for i in range(50)]
+    found = [list(shuffled(order, seed)) for order in (rows, rows[::-1]) for seed in (0, 1)]
+    assert found[0] == found[2] != rows
+    assert found[1] == found[3] != found[0]
+    assert sorted(found[1]) == sorted(rows)
 
 
 def test_union_takes_turns_and_goes_on_with_the_longer() -> None:

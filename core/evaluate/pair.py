@@ -1,0 +1,152 @@
+"""Two evaluations and a set of gates give a verdict.
+
+PASS and FAIL are about numbers. INCOMPLETE: a row that must be there is missing on a side. INVALID: the two were not made from the same
+data in the same way, so that their numbers must not be compared; none are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softprune.errors import shortened
+from softprune.evaluate.bootstrap import Drawn, Interval, cc_rates, draw_blocks
+from softprune.evaluate.evaluation import Cell, Evaluation
+from softprune.evaluate.gate_result import GateResult, Row, Verdict
+from softprune.evaluate.gates import Gates, RowDeltas, check_row
+from softprune.evaluate.js2d import MIN_BLOCKS, Js2d, independent, paired
+from softprune.evaluate.plane import Plane, confident_conflict
+
+MAX_BIAS = 0.005
+"""Raw JS2D is judged where its bias stays below this: a quarter of the limit of near-lossless-v1 (spec/metrics.md 2)."""
+_META = ("entropy_topk", "cc_quantile", "hist_xbins", "hist_ybins", "prob_scale", "num_blocks")
+_META_LOG = ("logp_min", "logp_max")
+_SHOWN = ("ppl", "mean_prob", "mean_entropy", "cc_rate")
+_OWN = ("format", "version", "block_form", "tokenizer_sha256", "vocabulary_size")
+
+
+def compare(base: Evaluation, candidate: Evaluation, gates: Gates, seed: int = 0) -> GateResult:
+    """Judge a candidate.
+
+    Args:
+        base, candidate: evaluations of the unpruned and of the pruned model.
+        gates: thresholds.
+        seed: of bootstrap draws and of halves.
+    """
+    wrong = [*_other_settings(base, candidate), *_other_data(base, candidate)]
+    if wrong:
+        return _result("INVALID", base, candidate, gates, wrong, [])
+    both = [key for key in base.cells if key in candidate.cells]
+    wanted = list(gates.primary_rows)
+    if gates.gate_packs == "all":
+        wanted += [key for key in {**base.cells, **candidate.cells} if key not in wanted]
+    missing = [
+        f"{pack}@{length} is missing in {side.source}"
+        for pack, length in wanted
+        for side in (base, candidate)
+        if (pack, length) not in side.cells
+    ]
+    keys = [key for key in gates.primary_rows if key in both]
+    keys += [key for key in both if key not in keys]
+    rows = [_row(base, candidate, key, gates, seed) for key in keys]
+    failed = any(row.gated and not row.passed for row in rows)
+    return _result("INCOMPLETE" if missing else "FAIL" if failed else "PASS", base, candidate, gates, missing, rows)
+
+
+def invalid(base: str, candidate: str, gates: Gates, problem: str) -> GateResult:
+    """The verdict on files of which one cannot be read."""
+    sides = [
+        {"label": None, "file": Path(name).name, "fingerprint": None, "mask": None, "num_kept": None, "top_k": None}
+        for name in (base, candidate)
+    ]
+    return GateResult("INVALID", gates, sides[0], sides[1], [problem], [])
+
+
+def _result(verdict: Verdict, base: Evaluation, candidate: Evaluation, gates: Gates, problems: list[str], rows: list[Row]) -> GateResult:
+    sides = [
+        {"label": side.label, "file": Path(side.source).name, **{name: side.own.get(name) for name in ("fingerprint", "mask", "num_kept")},
+         "top_k": side.meta.get("top_k")}
+        for side in (base, candidate)
+    ]  # fmt: skip
+    return GateResult(verdict, gates, sides[0], sides[1], problems, rows)
+
+
+def _other_settings(base: Evaluation, candidate: Evaluation) -> Iterator[str]:
+    names = _META + (_META_LOG if base.plane.scale == "log" else ())
+    yield from _differences("meta", names, base.meta, candidate.meta, base, candidate)
+    yield from _differences("meta.softprune", _OWN, base.own, candidate.own, base, candidate)
+
+
+def _other_data(base: Evaluation, candidate: Evaluation) -> Iterator[str]:
+    for key, one in base.cells.items():
+        if (other := candidate.cells.get(key)) is None:
+            continue
+        at = f"{one.pack}@{one.seq_len}"
+        differences = list(_differences(at, tuple(one.identity), one.identity, other.identity, base, candidate))
+        yield from differences
+        # The study drops tokens whose p or H is rounded to more than 1, so that its sides may differ by a few.
+        if not differences and one.blocks and other.blocks and not (one.blocks.tokens == other.blocks.tokens).all():
+            yield f"{at}: {one.tokens} tokens by block in {base.source} are not the {other.tokens} in {candidate.source}"
+
+
+def _differences(
+    at: str, names: tuple[str, ...], one: Mapping[str, Any], other: Mapping[str, Any], base: Evaluation, candidate: Evaluation
+) -> Iterator[str]:
+    for name in names:
+        if one.get(name) != other.get(name):
+            yield f"{at}.{name}: {shortened(one.get(name))} in {base.source}, {shortened(other.get(name))} in {candidate.source}"
+
+
+def _row(base: Evaluation, candidate: Evaluation, key: tuple[str, int], gates: Gates, seed: int) -> Row:
+    one, other, plane = base.cell(*key), candidate.cell(*key), base.plane
+    delta = _deltas(one, other, plane, float(base.meta["cc_quantile"]), seed)
+    js2d, coarse = _divergence(one, other, seed), _divergence(one, other, seed, plane)
+    tokens = min(one.tokens, other.tokens)
+    # Where it is not measured, what independent samples would have (spec/metrics.md 2).
+    enough = js2d.bias <= MAX_BIAS if js2d.method == "exchange" else tokens >= js2d.occupied_cells / (4 * MAX_BIAS)
+    judged, form = js2d.raw, "raw" if enough else "raw; too few tokens to tell it from its bias"
+    if not enough and js2d.high is not None:
+        # Few tokens must not make passing easier, so that it is not the corrected value itself.
+        judged, form = js2d.high, "upper end of the corrected value; too few tokens for the raw one"
+    rate = delta[gates.cc_metric].value
+    deltas = RowDeltas(one.metrics["ppl"], delta["ppl"].value, rate, delta["mean_prob"].value, judged, form)
+    shown = [{name: side.metrics[name] for name in _SHOWN} | {"tokens": side.tokens} for side in (one, other)]
+    shown[1]["cc_rate_base_thr"] = one.metrics["cc_rate"] + delta["cc_rate_base_thr"].value
+    primary = key in gates.primary_rows
+    return Row(
+        *key, primary, primary or gates.gate_packs == "all", shown[0], shown[1], delta, js2d, coarse, enough, check_row(deltas, gates)
+    )
+
+
+def _deltas(one: Cell, other: Cell, plane: Plane, cc_quantile: float, seed: int) -> dict[str, Interval]:
+    values = {name: other.metrics[name] - one.metrics[name] for name in _SHOWN}
+    values["rel_ppl"] = values["ppl"] / one.metrics["ppl"]
+    bins = plane.low_bins(one.metrics["x_thr"], one.metrics["h_thr"])
+    base_rate, rate = (confident_conflict(side.counts, bins)["LL"] / side.tokens for side in (one, other))
+    values["cc_rate_base_thr"] = rate - base_rate
+    if one.blocks is None or other.blocks is None or len(one.blocks.tokens) < MIN_BLOCKS:
+        return {name: Interval(value) for name, value in values.items()}
+    draws = draw_blocks(len(one.blocks.tokens), seed)
+    left, right = (Drawn.of(blocks, draws, plane, cc_quantile) for blocks in (one.blocks, other.blocks))
+    drawn = {name: getattr(right, name) - getattr(left, name) for name in _SHOWN}
+    drawn["rel_ppl"] = drawn["ppl"] / left.ppl
+    # The base's thresholds define the region that is measured, so that they stay; where a quantile lies on the border of two large bins,
+    # drawing them anew would ask about another region in every other draw.
+    fixed = [cc_rates(blocks, draws, plane, np.tile(bins, (len(draws), 1))) for blocks in (one.blocks, other.blocks)]
+    drawn["cc_rate_base_thr"] = fixed[1] - fixed[0]
+    return {name: Interval.of(value, drawn[name]) for name, value in values.items()}
+
+
+def _divergence(one: Cell, other: Cell, seed: int, coarse: Plane | None = None) -> Js2d:
+    """JS2D of the fine planes, or of those that `coarse` makes of them."""
+    if one.blocks and other.blocks and len(one.blocks.tokens) >= MIN_BLOCKS:
+        cells = [side.cells if coarse is None else coarse.coarse(side.cells) for side in (one.blocks, other.blocks)]
+        return paired(cells[0], cells[1], one.blocks.tokens, seed)
+    counts = [side.counts.reshape(-1) for side in (one, other)]
+    if coarse is not None:
+        index = coarse.coarse(np.arange(len(counts[0])))
+        counts = [np.bincount(index, side).astype(np.int64) for side in counts]
+    return independent(counts[0], counts[1])
