@@ -6,6 +6,7 @@ the engine's own KV-token flag. The largest batch is found by `softprune.bench.m
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import typer
 
-from softprune.bench.decode import Workload, head, local_gpus
+from softprune.bench.decode import DecodeClient, Workload, about, head
 from softprune.bench.gpu.launchers import Launcher
 from softprune.bench.gpu.plan import PLAIN, REWRITTEN, Served
 from softprune.bench.gpu.prepare import prepare, prepare_seconds
@@ -25,6 +26,7 @@ from softprune.errors import InputError, SoftpruneError
 
 FORMAT, VERSION = "softprune.gpu-memory", 1
 GIB = 2**30
+DESCRIBED = ("engine", "model", "server_flags", "gpu", "softprune")
 VARIANTS: Mapping[str, Served] = {"unmasked": PLAIN, "keep16": REWRITTEN[16], "keep24": REWRITTEN[24]}
 """All are served by the engine alone."""
 
@@ -47,7 +49,7 @@ class Shape:
     prompt_tokens: int = 256
     max_new_tokens: int = 2048
     probe_tokens: int = 80_000
-    graphs: int = 160
+    graphs: int = 192
     most: int = 512
     boot_s: tuple[float, float] = (60, 90)
     search_s: tuple[Mapping[str, float], ...] = (
@@ -121,14 +123,13 @@ class Headroom:
             if served.name not in up:
                 return
             try:
-                memory = self.launcher.memory(up[served.name], self.work / served.model)
+                memory, described = self.launcher.memory(up[served.name], self.work / served.model), describe(up[served.name])
                 if None in memory.values():
                     raise ServerError(f"{served.name}: found {memory}; expected numbers for all of them")
-            except (ServerError, OSError) as error:
+            except (OSError, SoftpruneError) as error:
                 self.store.failed(name, error)
                 return
-        document = {**head(FORMAT, VERSION, {"servers_on_gpu": "1"}), "engine": {"name": self.launcher.name}, "model": served.model}
-        self.store.keep(name, {**document, "server_flags": {}, "gpu": local_gpus(), "memory": memory})
+        self.store.keep(name, {**head(FORMAT, VERSION, {"servers_on_gpu": "1"}), **described, "memory": memory})
         typer.echo(f"{name}: {memory}")
 
     def _search(self, card: int, variants: Sequence[str]) -> None:
@@ -136,9 +137,10 @@ class Headroom:
         memory = {one: documents[f"memory.{one}"]["memory"] for one in variants}
         rooms = {one: self.shape.room(size, memory[one]) for one in variants}
         least = self.shape.prompt_tokens + self.shape.max_new_tokens
+        notes = {one: self._notes(size, one, memory[one], rooms[one]) for one in variants}
         for one in [one for one in variants if rooms[one] < least]:
-            found = f"room for {rooms.pop(one)} KV tokens on {size:g} GiB"
-            self.store.failed(self._row(card, one), ServerError(f"{found}; expected {least}, one request"))
+            served = {field: documents[f"memory.{one}"][field] for field in DESCRIBED}
+            self._keep_no_room(self._row(card, one), served, memory[one], rooms.pop(one), notes[one])
         servers = {VARIANTS[one]: tokens for one, tokens in rooms.items()}
         seconds = self.budget.left - self.rows[self._row(card, variants[0])]
         with booted(self.launcher, servers, self.shape.graphs, self.work, seconds, self.store, *self.launcher.metrics_args) as up:
@@ -146,10 +148,23 @@ class Headroom:
                 name, server = self._row(card, one), up.get(VARIANTS[one].name)
                 if server is None or not self.budget.fits(self.rows[name]):
                     continue
-                notes = {name: f"{memory[one][name]:.3f}" for name in ("weights_gib", "graphs_gib")}
-                notes |= {"variant": one, "card_gib": f"{size:g}", "reserve_gib": f"{self.shape.reserve_gib:g}", "kv_tokens": str(tokens)}
-                notes |= {"kv_bytes_a_token": f"{memory[one]['kv_gib'] * GIB / memory[one]['kv_tokens']:.0f}"}
-                self._find(name, server, tokens // least, {**notes, "servers_on_gpu": str(len(servers))})
+                self._find(name, server, tokens // least, {**notes[one], "servers_on_gpu": str(len(servers))})
+
+    def _notes(self, size: float, variant: str, memory: Mapping[str, Any], kv_tokens: int) -> dict[str, str]:
+        """What the KV room was worked out from."""
+        return {
+            "variant": variant, "card_gib": f"{size:g}", "reserve_gib": f"{self.shape.reserve_gib:g}", "kv_tokens": str(kv_tokens),
+            "kv_bytes_a_token": f"{memory['kv_gib'] * GIB / memory['kv_tokens']:.0f}",
+            **{name: f"{memory[name]:.3f}" for name in ("weights_gib", "graphs_gib")},
+        }  # fmt: skip
+
+    def _keep_no_room(self, name: str, served: dict[str, Any], memory: Mapping[str, Any], kv_tokens: int, notes: dict[str, str]) -> None:
+        """That not even one request fits is a finding, too."""
+        limit = f"room for {kv_tokens} KV tokens; a request needs {self.shape.prompt_tokens + self.shape.max_new_tokens}"
+        sizes = {"prompt_tokens": self.shape.prompt_tokens, "max_new_tokens": self.shape.max_new_tokens}
+        document = {**head("softprune.max-batch", 1, notes), **served, "settings": sizes, "memory": {**memory, "kv_tokens": kv_tokens}}
+        self.store.keep(name, {**document, "tries": [], "max_batch": None, "limit": limit, "result": None, "error": None})
+        typer.echo(f"{name}: {limit}")
 
     def _find(self, name: str, server: Server, guess: int, notes: dict[str, str]) -> None:
         began, shape = time.monotonic(), self.shape
@@ -169,3 +184,13 @@ class Headroom:
         self.store.keep(name, document)
         self.budget.took(self.rows[name], time.monotonic() - began)
         typer.echo(f"{name}: {document['max_batch']} ({document['limit']})")
+
+
+def describe(server: Server) -> dict[str, Any]:
+    """What a server says of itself, as documents hold it."""
+
+    async def look() -> dict[str, Any]:
+        async with DecodeClient(f"http://127.0.0.1:{server.port}", Workload(1, 1), key=server.key) as client:
+            return await about(client, None)
+
+    return asyncio.run(look())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from softprune.errors import InputError, SoftpruneError
 from softprune.server_client import ServerClient
 
 WARM_TOKENS = 8
+UNKNOWN = -1
+"""A server's mask while it is switched, and after a switch that failed."""
 
 
 class NotMeasuredError(SoftpruneError):
@@ -94,7 +96,7 @@ class Matrix:
                 continue
             notes = {"row": row.name, "variant": row.variant, "round": row.round, "phase": phase.name, "boot": boot}
             try:
-                self._row(row, server, {**notes, "servers_on_gpu": str(together), "others": "idle on the same device"})
+                self._row(row, server, {**notes, "servers_on_gpu": str(together)})
             except (OSError, SoftpruneError) as error:
                 self.store.failed(row.name, error)
                 if server.process.poll() is not None:
@@ -108,22 +110,28 @@ class Matrix:
             self._send(row, server, Workload(row.prompt_tokens, WARM_TOKENS, seed + 1, self.launcher.token_ids), {})
             self._warm.add((server.port, row.batch))
         document = self._send(row, server, Workload(row.prompt_tokens, row.max_new_tokens, seed, self.launcher.token_ids), notes)
-        requests = document["results"][0]["repeats"][0]["streams"]
-        cached = sum(request["cached_tokens"] or 0 for request in requests)
-        if cached > 0.05 * row.batch * row.prompt_tokens:
-            raise NotMeasuredError(f"{row.name}: {cached} prompt tokens came from the prefix cache; expected next to none")
+        self._check_served(row, document)
+        check_cache(row, document)
         self.store.keep(row.name, document)
         self.budget.took(row.seconds, time.monotonic() - began)
-        speed = document["results"][0][("decode" if self.launcher.stream else "total") + "_tok_s"]["median"]
+        result = document["results"][0]
+        speed = (result["decode_tok_s"] or result["total_tok_s"])["median"]
         typer.echo(f"{row.name}: {speed:,.1f} tok/s, {self.budget.left:.0f} s left")
+
+    def _check_served(self, row: Row, document: Mapping[str, Any]) -> None:
+        variant, found = VARIANTS[row.variant], document["softprune"] or {}
+        mask = None if variant.keep is None else self.masks[variant.keep].hash
+        top_k = found.get("top_k") if variant.server.top_k is None else variant.server.top_k
+        if bool(found) != variant.server.is_patched or (found.get("mask_hash"), found.get("top_k")) != (mask, top_k):
+            raise NotMeasuredError(f"{row.name}: found {found}; expected mask {mask}, top_k {top_k or 'as the model has it'}")
 
     def _put(self, server: Server, keep: int | None, patched: bool) -> None:
         """Put the row's mask in force, and see that every router obeys it."""
-        if not patched or self._masks.get(server.port) == keep:
+        if not patched or self._masks.setdefault(server.port, None) == keep:
             return
+        self._masks[server.port] = UNKNOWN
         client = ServerClient(f"http://127.0.0.1:{server.port}", server.key)
         client.switch(None if keep is None else self.masks[keep])
-        self._masks.pop(server.port, None)
         if keep is not None and not (found := client.verify())["obeyed"]:
             raise NotMeasuredError(f"keep {keep}: a router does not obey the mask: {found['detail']}")
         self._masks[server.port] = keep
@@ -131,8 +139,16 @@ class Matrix:
     def _send(self, row: Row, server: Server, work: Workload, notes: dict[str, str]) -> dict[str, Any]:
         return measure(
             f"http://127.0.0.1:{server.port}", work, [row.batch], repeats=1, warmup=0, stream=self.launcher.stream, key=server.key,
-            notes=notes, stall_seconds=60 + 4 * row.seconds,
+            notes=notes, stall_seconds=max(1.0, min(60 + 4 * row.seconds, self.budget.left)),
         )  # fmt: skip
+
+
+def check_cache(row: Row, document: Mapping[str, Any]) -> None:
+    """Refuse a row whose prompts the prefix cache knew; raises `NotMeasuredError`."""
+    requests = document["results"][0]["repeats"][0]["streams"]
+    cached = sum(request["cached_tokens"] or 0 for request in requests)
+    if cached > 0.05 * row.batch * row.prompt_tokens:
+        raise NotMeasuredError(f"{row.name}: {cached} prompt tokens came from the prefix cache; expected next to none")
 
 
 def _key(row: Row) -> tuple[str, int, int]:

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from softprune.bench import headline
-from softprune.bench.gpu import matrix, session
+from softprune.bench.gpu import headroom, matrix, session
 from softprune.bench.gpu.__main__ import app
 from softprune.bench.gpu.figures import compared, write_figures
 from softprune.bench.gpu.headroom import Headroom, Shape
@@ -156,6 +156,7 @@ class Fakes:
         monkeypatch.setattr(matrix, "prepare_seconds", lambda *_: 0)
         monkeypatch.setattr(matrix, "masks_for", lambda _: {})
         monkeypatch.setattr(Matrix, "_put", put)
+        monkeypatch.setattr(Matrix, "_check_served", lambda *_: None)  # fake servers do not know masks
 
 
 PHASES = tuple(
@@ -170,7 +171,7 @@ def server() -> Iterator[FakeServer]:
 
 
 def run(server: FakeServer, folder: Path, limit_s: float, phases: tuple[Phase, ...] = PHASES, only: list[str] | None = None) -> Matrix:
-    server.behave(Behaviour("vllm", 0.02, 0.002))
+    server.behave(Behaviour("vllm", 0.02, 0.01))
     store = Store(folder / "out")
     store.open(resume=True)
     return Matrix(VllmCpu(), phases, folder, store, Budget(limit_s + session.STOPPING_S), only)
@@ -178,10 +179,10 @@ def run(server: FakeServer, folder: Path, limit_s: float, phases: tuple[Phase, .
 
 def test_rows_are_kept_and_not_measured_again(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes = Fakes(monkeypatch, server)
-    assert run(server, tmp_path, 60, only=["keep24.bs2.new24.r1"]).run() == []
+    assert run(server, tmp_path, 600, only=["keep24.bs2.new24.r1"]).run() == []
     assert fakes.boots == [["base"]]
     before = (tmp_path / "out" / "keep24.bs2.new24.r1.json").read_bytes()
-    assert run(server, tmp_path, 60).run() == []
+    assert run(server, tmp_path, 600).run() == []
     assert fakes.boots[1:] == [["base", "rewritten24"], ["top2"]]
     assert fakes.puts == [24, None, 24, None, None, 24, None, 24]
     assert (tmp_path / "out" / "keep24.bs2.new24.r1.json").read_bytes() == before
@@ -190,7 +191,7 @@ def test_rows_are_kept_and_not_measured_again(server: FakeServer, tmp_path: Path
     assert document["settings"]["max_new_tokens"] == 24
     assert document["results"][0]["batch"] == 2
     assert len(list((tmp_path / "out").iterdir())) == sum(len(phase.rows) for phase in PHASES)
-    assert run(server, tmp_path, 60).run() == []
+    assert run(server, tmp_path, 600).run() == []
     assert len(fakes.boots) == 3
 
 
@@ -215,28 +216,78 @@ def test_a_round_is_begun_only_if_there_is_time_for_it(server: FakeServer, tmp_p
 
 def test_a_server_that_is_not_up_leaves_its_rows(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Fakes(monkeypatch, server, broken=("rewritten24",))
-    assert {row.variant for row in run(server, tmp_path, 60).run()} == {"keep24_rewritten"}
+    assert {row.variant for row in run(server, tmp_path, 600).run()} == {"keep24_rewritten"}
 
 
 def test_failed_rows_are_told_and_stay_left(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Fakes(monkeypatch, server)
-    one = run(server, tmp_path, 60, only=["unmasked.bs2.new24.r1"])
-    server.behave(Behaviour("vllm", 0.02, 0.002, fault="short", faulty=2))
+    one = run(server, tmp_path, 600, only=["unmasked.bs2.new24.r1"])
+    server.behave(Behaviour("vllm", 0.02, 0.01, fault="short", faulty=2))
     assert [row.name for row in one.run()] == ["unmasked.bs2.new24.r1"]
     assert "LengthError" in (tmp_path / "out" / "unmasked.bs2.new24.r1.error").read_text()
-    two = run(server, tmp_path, 60, only=["unmasked.bs2.new24.r1"])
-    server.behave(Behaviour("vllm", 0.02, 0.002, cached=20))
+    two = run(server, tmp_path, 600, only=["unmasked.bs2.new24.r1"])
+    server.behave(Behaviour("vllm", 0.02, 0.01, cached=20))
     two.run()
     assert "prompt tokens came from the prefix cache" in (tmp_path / "out" / "unmasked.bs2.new24.r1.error").read_text()
     with pytest.raises(InputError, match="--only: found nothing; expected rows of the plan"):
-        run(server, tmp_path, 60, only=["nothing"])
+        run(server, tmp_path, 600, only=["nothing"])
+
+
+def test_headroom_goes_from_memory_to_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boots: list[dict[str, int]] = []
+    alone = {"plain": 12.8, "rewritten16": 7.0, "rewritten24": 10.0}
+
+    class Card(VllmCpu):
+        def memory(self, server: Any, model: Path) -> dict[str, Any]:
+            return {"weights_gib": alone[server.name], "graphs_gib": 1.2, "kv_gib": 4.0, "kv_tokens": 100_000}
+
+    class Up:
+        key, port = "k", 1
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    @contextmanager
+    def booted(_: Any, rooms: Mapping[Served, int], *__: Any) -> Iterator[dict[str, Any]]:
+        boots.append({one.name: tokens for one, tokens in rooms.items()})
+        yield {one.name: Up(one.name) for one in rooms}
+
+    def found(url: str, workload: Any, most: int, start: Any, step: int, *_: Any, notes: dict[str, str], **__: Any) -> dict[str, Any]:
+        return {"format": "softprune.max-batch", "max_batch": step, "limit": "preempted", "notes": notes}
+
+    monkeypatch.setattr(headroom, "booted", booted)
+    monkeypatch.setattr(headroom, "prepare", lambda *_: None)
+    monkeypatch.setattr(headroom, "prepare_seconds", lambda *_: 0)
+    monkeypatch.setattr(headroom, "max_batch", found)
+    described = {"engine": {"name": "SGLang", "version": "1"}, "model": "m", "server_flags": {}, "gpu": "G", "softprune": None}
+    monkeypatch.setattr(headroom, "describe", lambda _: described)
+    store = Store(tmp_path)
+    shape = Shape(cards_gib=(14.5, 24))
+
+    def go(limit_s: float) -> list[str]:
+        return Headroom(Card(), shape, tmp_path, store, Budget(limit_s + session.STOPPING_S)).run()
+
+    assert len(go(65)) == 6
+    assert boots == [{"plain": 80_000}, {"rewritten16": 80_000}, {"rewritten24": 80_000}]
+    # 14.5 GiB less 1, 12.8 and 1.2 leaves nothing for the whole checkpoint.
+    assert go(1000) == []
+    none = read_rows([tmp_path / "max_batch.14.5gib.unmasked.json"]).largest
+    assert [(one.batch, one.kv_tokens, one.limit) for one in none] == [(None, 0, "room for 0 KV tokens; a request needs 2304")]
+    assert boots[3:] == [
+        {"rewritten16": 132_500, "rewritten24": 57_499}, {"plain": 225_000, "rewritten16": 370_000}, {"rewritten24": 295_000},
+    ]  # fmt: skip
+    notes = json.loads((tmp_path / "max_batch.24gib.keep16.json").read_text())["notes"]
+    assert notes == {
+        "variant": "keep16", "card_gib": "24", "reserve_gib": "1", "kv_tokens": "370000", "kv_bytes_a_token": "42950",
+        "servers_on_gpu": "2", "weights_gib": "7.000", "graphs_gib": "1.200",
+    }  # fmt: skip
 
 
 def test_figures(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Fakes(monkeypatch, server)
     raw, results = tmp_path / "out", tmp_path / "results"
     results.mkdir()
-    assert run(server, tmp_path, 60).run() == []
+    assert run(server, tmp_path, 600).run() == []
     for path in raw.iterdir():
         document = json.loads(path.read_text())
         factor = {"unmasked": 1.0, "keep24": 1.1, "keep24_rewritten": 1.0}.get(document["notes"]["variant"], 1.2)
