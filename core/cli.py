@@ -24,6 +24,7 @@ from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.checkpoint.headers import TensorIndex
 from softprune.checkpoint.presets import PRESETS
 from softprune.errors import CheckpointError, MaskError, SoftpruneError
+from softprune.evaluate import cli as evaluate_cli
 from softprune.evaluate.gate_cli import gate_command
 from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
@@ -36,6 +37,7 @@ from softprune.report.sizes import readable
 from softprune.selection.cli import select_command
 from softprune.server_cli import selftest, server_app
 from softprune.stats.cli import stats_app
+from softprune.sweep.cli import sweep_command
 
 
 class _Group(typer.core.TyperGroup):
@@ -70,6 +72,10 @@ app.command("lock")(recipe_cli.lock_command)
 app.command("rewrite")(rewrite_cli.rewrite_command)
 app.command("verify")(rewrite_cli.verify_command)
 app.command("plan")(rewrite_cli.plan_command)
+app.command("eval")(evaluate_cli.eval_command)
+app.command("sweep")(sweep_command)
+app.command("noise-floor")(evaluate_cli.noise_floor_command)
+app.command("no-op")(evaluate_cli.no_op_command)
 app.command("report")(report_command)
 console = Console(highlight=False)
 

@@ -1,4 +1,4 @@
-"""Statistics for `softprune prune --packs`: the engine that is installed is started, collects, and is stopped."""
+"""The engine that is installed, started and stopped for one purpose: statistics for `softprune prune --packs`."""
 
 from __future__ import annotations
 
@@ -65,20 +65,15 @@ def collect_from_packs(
     """
     blocks = load(packs, str(model), seq_len, num_blocks)
     if out.is_file():
-        _check_there(out, blocks, mode)
+        check_collected(out, blocks, mode)
         tell(f"collect: skipped, {out} is there and holds these packs")
         return
     name = engine or installed_engine()
-    with servable(model) as folder, tempfile.TemporaryDirectory() as logs:
-        port = free_port()
-        flags = ["--softprune-stats", mode, "--softprune-max-tags", str(len(blocks) + 1), *engine_args]
-        command = engine_command(name, folder, port, seq_len + _SPARE_TOKENS, flags)
-        with Server(command, port, Path(logs) / "server.log", secrets.token_hex(16)) as server:
-            server.wait_ready(START_SECONDS)
-            client = ServerClient(f"http://127.0.0.1:{port}", server.key)
-            collection = Collection(client, blocks, out, Options(mode, None if mode == "router" else 1))
-            with count_progress("blocks", collection.num_blocks, console or Console(quiet=True), collection.num_done) as advance:
-                collection.run(advance)
+    flags = ["--softprune-stats", mode, "--softprune-max-tags", str(len(blocks) + 1), *engine_args]
+    with servable(model) as folder, serving(name, folder, seq_len, flags) as client:
+        collection = Collection(client, blocks, out, Options(mode, None if mode == "router" else 1))
+        with count_progress("blocks", collection.num_blocks, console or Console(quiet=True), collection.num_done) as advance:
+            collection.run(advance)
     tokens = sum(one.ids.size for one in blocks.values())
     tell(f"collect: {out}, {mode} of {tokens:,} tokens by {name}")
 
@@ -110,6 +105,23 @@ def engine_command(engine: str, model: Path, port: int, max_tokens: int, flags: 
 
 
 @contextmanager
+def serving(engine: str, model: Path, seq_len: int, flags: Sequence[str]) -> Iterator[ServerClient]:
+    """A server of the model on this machine, with room for blocks of `seq_len` tokens; stopped at the end.
+
+    Raises:
+        SoftpruneError: no engine of this name, or it does not start.
+    """
+    port = free_port()
+    command = engine_command(engine, model, port, seq_len + _SPARE_TOKENS, flags)
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        Server(command, port, Path(logs) / "server.log", secrets.token_hex(16)) as server,
+    ):
+        server.wait_ready(START_SECONDS)
+        yield ServerClient(f"http://127.0.0.1:{port}", server.key)
+
+
+@contextmanager
 def servable(model: Path) -> Iterator[Path]:
     """The model's folder, or on a machine without a GPU a dequantised copy of MXFP4, which CPUs have no kernels for."""
     if torch.cuda.is_available() or family_of(read_config(model), str(model / "config.json")).storage != "mxfp4":
@@ -120,7 +132,7 @@ def servable(model: Path) -> Iterator[Path]:
         yield Path(folder) / "bf16"
 
 
-def _check_there(out: Path, blocks: Mapping[str, Blocks], mode: Mode) -> None:
+def check_collected(out: Path, blocks: Mapping[str, Blocks], mode: Mode) -> None:
     """Refuse statistics that were not collected from these packs."""
     header = read_header(out)
     held = {data_set.id: sorted(data_set.hashes) for data_set in header.data_sets}

@@ -11,11 +11,13 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 
 @contextmanager
@@ -35,6 +37,25 @@ def tensor_progress(total_bytes: int | None, console: Console) -> Iterator[Calla
 def count_progress(description: str, total: int, console: Console, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar over things of one kind, `done` of which were done before; the yielded function takes how many more are."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total, completed=done)
+        yield lambda count: progress.advance(task, count)
+
+
+class _TokensPerSecond(TextColumn):
+    """Of what was done since the bar was drawn."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f} tokens/s", style="progress.data.speed")
+
+
+@contextmanager
+def token_progress(description: str, total: int, console: Console, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """As `count_progress`, of tokens, with their rate."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _TokensPerSecond(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, completed=done)
         yield lambda count: progress.advance(task, count)

@@ -27,6 +27,9 @@ import pytest
 
 from softprune.bench.server import Server
 from softprune.bench.tiny.weights import HERE as TINY
+from softprune.evaluate import eval_packs
+from softprune.evaluate.eval_packs import Sizes
+from softprune.evaluate.evaluate import EvalSettings, evaluate
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerClient
 from softprune.stats.collect_packs import load
@@ -421,6 +424,36 @@ def test_packs_are_replayed(engine: Engine, tmp_path: Path) -> None:
     assert [len(one.hashes) for one in found.header.data_sets] == [blocks] * 2
     assert {run.id for one in drained for run in one.header.runs} < {run.id for run in found.header.runs}
     assert (engine.client.status()["statistics"]["collecting"], parts.exists()) == (False, False)
+
+
+def test_a_masked_server_is_evaluated(engine: Engine, tmp_path: Path) -> None:
+    """Past the prefix cache and in chunks; in blocks of L and, as L + 1, of the same ids, the numbers are the same; the mask is named."""
+    files = [TINY / "packs" / f"{name}.parquet" for name in ("chat_if", "code")]
+    engine.client.put_mask(engine.mask)
+    found = {}
+    for form, seq_len in (("L", 2 * CHUNK), ("L+1", 2 * CHUNK - 1)):
+        sizes = Sizes((seq_len,), 8, form=form)  # type: ignore[arg-type]
+        packs = eval_packs.load(files, engine.client.status()["model"], sizes)
+        found[form] = evaluate(engine.client, packs, tmp_path / f"{form}.json", EvalSettings(concurrency=4))
+        own = found[form].own
+        assert (own["mask"], own["num_kept"], own["block_form"]) == (engine.mask.hash, engine.mask.num_kept, form)
+        assert (own["fingerprint"], found[form].meta["engine"]) == (engine.client.status()["fingerprint"], engine.name)
+        # Both cut blocks of the same ids here.
+        blocks = packs.cells["UNION"][seq_len]
+        scored = [engine.scored(ids.tolist(), 1, "chat")[0] for ids in blocks.ids]
+        kept = np.concatenate([np.array(one)[keep[1:]] for one, keep in zip(scored, blocks.keep, strict=True)])
+        cell = found[form].cell("UNION", seq_len)
+        assert cell.tokens == len(kept) > 100
+        assert cell.metrics["mean_nll"] == pytest.approx(-kept.mean(), rel=1e-3)
+        assert cell.metrics["mean_prob"] == pytest.approx(np.exp(kept).mean(), rel=1e-3)
+    one, other = (found[form].cell("UNION", seq_len) for form, seq_len in (("L", 2 * CHUNK), ("L+1", 2 * CHUNK - 1)))
+    assert one.identity["blocks_sha256"] == other.identity["blocks_sha256"]
+    assert one.metrics["mean_nll"] == pytest.approx(other.metrics["mean_nll"], rel=1e-3)
+    assert one.metrics["mean_entropy"] == pytest.approx(other.metrics["mean_entropy"], rel=1e-3)
+    engine.client.switch(None)
+    unmasked = evaluate(engine.client, packs, tmp_path / "unmasked.json", EvalSettings(concurrency=4))
+    assert unmasked.own["mask"] is None
+    assert unmasked.cell("UNION", seq_len).metrics["mean_nll"] != pytest.approx(other.metrics["mean_nll"], rel=1e-3)
 
 
 def test_prometheus_reads_the_tokens(engine: Engine) -> None:

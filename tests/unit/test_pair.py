@@ -62,7 +62,8 @@ def test_what_is_near_passes_and_what_is_far_fails() -> None:
 
 
 def test_differences_are_those_of_the_files() -> None:
-    documents = [document(shift, rows=(("UNION", 1024),), tokens=300) for shift in (0.0, 0.8)]
+    settings = MetricSettings(cc_quantile=0.4)
+    documents = [document(shift, settings=settings, rows=(("UNION", 1024),), tokens=300) for shift in (0.0, 0.8)]
     result = verdict(*documents)
     one, other = (of(side, "e").cell("UNION", 1024) for side in documents)
     delta = {name: interval.value for name, interval in result.rows[0].delta.items()}

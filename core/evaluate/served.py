@@ -1,0 +1,162 @@
+"""What a running server serves, as far as its own API and softprune's say, and whether it is what packs were made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from softprune.checkpoint.families import read_config
+from softprune.errors import InputError, shortened
+from softprune.server_client import ServerCallError, ServerClient
+
+Engine = Literal["vllm", "sglang"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server, at one moment.
+
+    Attributes:
+        engine, version: e.g. "vllm", "0.32.0".
+        model: the name under which it is served.
+        path: the checkpoint, as the server was given it.
+        tokenizer: likewise.
+        context: tokens of a prompt and its answer, at most; None if the server does not say.
+        status: softprune's, as `ServerClient.status` has it; None for a server without softprune.
+    """
+
+    engine: Engine
+    version: str
+    model: str
+    path: str
+    tokenizer: str
+    context: int | None
+    status: Mapping[str, Any] | None
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the model's routers."""
+        return None if self.status is None else str(self.status["fingerprint"])
+
+    @property
+    def mask(self) -> str | None:
+        """Hash of the mask in force; None under none, or where nobody knows."""
+        return ((self.status or {}).get("mask") or {}).get("hash")
+
+    @property
+    def num_kept(self) -> list[int] | None:
+        """Experts that each layer may route to; None where nobody knows."""
+        if self.status is None:
+            return None
+        mask = self.status["mask"]
+        return list(mask["num_kept"]) if mask else [self.status["num_experts"]] * self.status["num_layers"]
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts of each token."""
+        return None if self.status is None else self.status["top_k"]
+
+    @property
+    def epoch(self) -> int | None:
+        """Number of the mask in force, counted from the server's start."""
+        return None if self.status is None else int(self.status["mask_epoch"])
+
+
+def ask_served(client: ServerClient) -> Served:
+    """Ask a server what it is.
+
+    Raises:
+        ServerCallError: it does not answer, refuses a key, or is neither vLLM nor SGLang.
+    """
+    engine, version, about = _engine(client)
+    answer = client.get("/v1/models")
+    try:
+        card = answer["data"][0]
+        model, context = str(card["id"]), card.get("max_model_len")
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise ServerCallError(client.url, 200, "", f"/v1/models: found {shortened(answer)}; expected a model") from None
+    status = _if_there(client.status)
+    path = (status or {}).get("model") or about.get("model_path") or card.get("root") or model
+    tokenizer = about.get("tokenizer_path") or path
+    return Served(engine, version, model, str(path), str(tokenizer), context if isinstance(context, int) else None, status)
+
+
+def _engine(client: ServerClient) -> tuple[Engine, str, Mapping[str, Any]]:
+    places: tuple[tuple[Engine, str], ...] = (("vllm", "/version"), ("sglang", "/server_info"), ("sglang", "/get_server_info"))
+    for engine, path in places:
+        about = _if_there(partial(client.get, path))
+        if isinstance(about, dict) and isinstance(about.get("version"), str):
+            return engine, about["version"], about
+    found = "no version at vLLM's /version or SGLang's /server_info"
+    raise ServerCallError(client.url, 404, "", f"found {found}; expected one of these servers")
+
+
+def _if_there(ask: Callable[[], Any]) -> Any:
+    """What a call answers; None where the server has no such call."""
+    try:
+        return ask()
+    except ServerCallError as error:
+        if error.status == 404:
+            return None
+        raise
+
+
+def check_context(served: Served, url: str, length: int) -> None:
+    """Refuse blocks that do not fit, with the one token that engines want room for.
+
+    Raises:
+        ServerCallError: so.
+    """
+    if served.context is not None and served.context <= length:
+        flag = {"vllm": "--max-model-len", "sglang": "--context-length"}[served.engine]
+        found = f"found a context of {served.context} tokens; expected at least {length + 1} for blocks of {length} ({flag})"
+        raise ServerCallError(url, 200, "", found)
+
+
+def check_tokenizer(client: ServerClient, served: Served, text: str, ids: Sequence[int], vocabulary: int) -> str | None:
+    """Have the server tokenise a text, and compare.
+
+    Args:
+        client, served: the server.
+        text, ids: of the packs, and as their tokenizer cuts it.
+        vocabulary: tokens that it knows.
+
+    Returns:
+        A warning if the server does not tokenise.
+
+    Raises:
+        InputError: the tokenizers differ, or ids are beyond the vocabulary of a checkpoint that lies on this machine.
+        ServerCallError: no answer, or none about a text.
+    """
+    _check_vocabulary(served, vocabulary)
+    try:
+        answer = client.post("/tokenize", {"model": served.model, "prompt": text, "add_special_tokens": False})
+    except ServerCallError as error:
+        if error.status is None or error.status in (401, 403):
+            raise
+        return f"{client.url} does not tokenise (HTTP {error.status}), so nobody knows whether its tokenizer is the packs'"
+    theirs = answer.get("tokens") if isinstance(answer, dict) else None
+    if not isinstance(theirs, list):
+        raise ServerCallError(client.url, 200, "", f"/tokenize: found {shortened(answer)}; expected tokens")
+    own = list(ids)
+    if theirs != own:
+        at = next((i for i, (a, b) in enumerate(zip(theirs, own, strict=False)) if a != b), min(len(own), len(theirs)))
+        found = f"{len(own)} tokens of a text, {_ids(own, at)} from token {at} on"
+        raise InputError("--tokenizer", "", found, f"the server's {len(theirs)}, {_ids(theirs, at)}: another tokenizer")
+    return None
+
+
+def _ids(ids: list[int], at: int) -> str:
+    return ", ".join(map(str, ids[at : at + 3])) or "none"
+
+
+def _check_vocabulary(served: Served, vocabulary: int) -> None:
+    folder = Path(served.path)
+    if not (folder / "config.json").is_file():
+        return
+    size = read_config(folder).get("vocab_size")
+    if isinstance(size, int) and vocabulary > size:
+        raise InputError("--tokenizer", "", f"{vocabulary} tokens", f"at most {size}, the vocabulary of {served.path}")
