@@ -172,8 +172,11 @@ class SweepCell(BaseModel):
     method: str | None = None
     keep: int | None = None
     seed: int | None = None
+    data_seed: int | None = None
+    top_k: int | None = None
     mask: str | None = None
     mask_hash: str | None = None
+    base: str | None = None
     evaluation: str | None = None
     gate: str | None = None
     verdict: Verdict | None = None
@@ -181,6 +184,11 @@ class SweepCell(BaseModel):
     rel_ppl: float | None = None
     decode: Decode | None = None
     pareto: bool = False
+
+    @property
+    def title(self) -> str:
+        """Its label, and the seed of the data where that was drawn."""
+        return self.label if self.data_seed is None else f"{self.label}, data {self.data_seed}"
 
 
 class Sweep(BaseModel):

@@ -151,9 +151,12 @@ class RowPlanes:
 def _planes(gate: Gate, base: Evaluation, candidate: Evaluation, brief: bool) -> list[RowPlanes]:
     """Of each row that both sides have; nothing is subtracted of sides that must not be compared."""
     primary = {(row.pack, row.seq_len): row.primary for row in gate.rows}
+    if not any(primary.values()):
+        # Nothing is primary: the first row that both have stands for it.
+        primary |= {key: True for key in [key for key in base.cells if key in candidate.cells][:1]}
     found = []
     for key, cell in base.cells.items():
-        shown_at_once = primary.get(key, not primary)
+        shown_at_once = primary.get(key, False)
         if key not in candidate.cells or (brief and not shown_at_once):
             continue
         thresholds = (cell.metrics["x_thr"], cell.metrics["h_thr"])

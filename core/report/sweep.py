@@ -15,7 +15,7 @@ from softprune.report.gate import gate_section
 from softprune.report.given import SweepFolder, evaluation_of, gate_of
 from softprune.report.numbers import NONE, fixed, number, plural, short, signed_percent
 from softprune.report.page import Section, Summary, render
-from softprune.report.sweep_charts import ppl_chart, speed_chart
+from softprune.report.sweep_charts import Quality, ppl_chart, speed_chart
 from softprune.report.table import Cell, Table
 
 _Read = TypeVar("_Read")
@@ -26,6 +26,7 @@ class Pair:
     """A cell with what its files hold; `problems` says which could not be read."""
 
     cell: SweepCell
+    base: Evaluation | None
     evaluation: Evaluation | None
     gate: Gate | None
     problems: tuple[str, ...]
@@ -34,25 +35,46 @@ class Pair:
 def sweep_section(given: SweepFolder, id_: str) -> tuple[Summary, Section]:
     """The section of a sweep; a file of a cell that is missing or broken is named in the cell's place."""
     sweep = given.sweep
-    base, base_problems = _file(given.folder, sweep.base, evaluation_of)
-    pairs = [_pair(given.folder, cell) for cell in sweep.cells]
+    names = dict.fromkeys(name for name in (sweep.base, *(cell.base for cell in sweep.cells)) if name is not None)
+    bases = {name: _file(given.folder, name, evaluation_of) for name in names}
+    known = {name: base for name, (base, _) in bases.items() if base is not None}
+    pairs = [_pair(given.folder, cell, known.get(cell.base or sweep.base or "")) for cell in sweep.cells]
     details = []
     for i, pair in enumerate(pairs):
         body = None
         if pair.gate is not None:
-            body = gate_section(pair.gate, base, pair.evaluation, f"{id_}-cell-{i}", pair.cell.label, brief=True)[1].body
+            body = gate_section(pair.gate, pair.base, pair.evaluation, f"{id_}-cell-{i}", pair.cell.title, brief=True)[1].body
         details.append((pair.cell, pair.problems, body))
+    quality = _quality(pairs, len(known))
+    charts = [] if quality is None else [ppl_chart(sweep.cells, quality), speed_chart(sweep.cells, quality)]
     body = render(
         "sweep.html",
-        facts=_facts(sweep, base),
+        facts=_facts(sweep, next(iter(known.values()), None)),
         error=sweep.error,
-        problems=base_problems,
-        cells=_cells(pairs, base, id_),
-        charts=[chart for chart in (ppl_chart(sweep.cells, base), speed_chart(sweep.cells, base)) if chart is not None],
+        problems=[problem for _, problems in bases.values() for problem in problems],
+        cells=_cells(pairs, known, id_),
+        charts=[chart for chart in charts if chart is not None],
         details=details,
         id=id_,
     )
     return Summary("", _sentence(sweep)), Section(id_, f"Sweep: {sweep.model or given.folder.name}", body)
+
+
+def _quality(pairs: list[Pair], num_bases: int) -> Quality | None:
+    """Perplexity of the row that the gates name first; over its own base's where data were drawn several times."""
+    rows = [pair.gate.primary for pair in pairs if pair.gate is not None and pair.gate.primary is not None]
+    row = rows[0].name if rows else next((name for pair in pairs for name in pair.cell.ppl), None)
+    if row is None:
+        return None
+    ppl = [pair.cell.ppl.get(row) for pair in pairs]
+    own = [_ppl(pair.base).get(row) for pair in pairs]
+    if num_bases < 2:
+        return Quality(row, f"PPL, {row}", ppl, next(iter(own), None))
+    return Quality(row, f"PPL over its base's, {row}", [a / b if a and b else None for a, b in zip(ppl, own, strict=True)], 1.0)
+
+
+def _ppl(of: Evaluation | None) -> dict[str, float]:
+    return {} if of is None else {f"{cell.pack}@{cell.seq_len}": cell.metrics["ppl"] for cell in of.cells.values()}
 
 
 def _sentence(sweep: Sweep) -> str:
@@ -63,9 +85,9 @@ def _sentence(sweep: Sweep) -> str:
     fastest = max((cell for cell in passing if cell.decode), key=lambda cell: cell.decode.over_base if cell.decode else 0.0, default=None)
     fewest = min((cell for cell in passing if cell.keep is not None), key=lambda cell: (cell.keep or 0, cell.rel_ppl or 0.0), default=None)
     if fewest is not None:
-        words.append(f"Fewest experts that pass: {fewest.label}, PPL {signed_percent(fewest.rel_ppl)}.")
+        words.append(f"Fewest experts that pass: {fewest.title}, PPL {signed_percent(fewest.rel_ppl)}.")
     if fastest is not None and fastest.decode is not None:
-        words.append(f"Fastest that passes: {fastest.label}, {fixed(fastest.decode.over_base, 3)} times the base's decode speed.")
+        words.append(f"Fastest that passes: {fastest.title}, {fixed(fastest.decode.over_base, 3)} times the base's decode speed.")
     if not passing:
         words.append("No cell passes.")
     if sweep.error:
@@ -73,10 +95,10 @@ def _sentence(sweep: Sweep) -> str:
     return " ".join(words)
 
 
-def _pair(folder: Path, cell: SweepCell) -> Pair:
+def _pair(folder: Path, cell: SweepCell, base: Evaluation | None) -> Pair:
     evaluation, missing = _file(folder, cell.evaluation, evaluation_of)
     gate, also = _file(folder, cell.gate, gate_of)
-    return Pair(cell, evaluation, gate, (*missing, *also))
+    return Pair(cell, base, evaluation, gate, (*missing, *also))
 
 
 def _file(folder: Path, name: str | None, read: Callable[[Path], _Read]) -> tuple[_Read | None, list[str]]:
@@ -106,20 +128,21 @@ def _facts(sweep: Sweep, base: Evaluation | None) -> list[tuple[str, str]]:
     return facts
 
 
-def _cells(pairs: list[Pair], base: Evaluation | None, id_: str) -> Table:
-    names = list(dict.fromkeys(name for pair in pairs for name in pair.cell.ppl))
+def _cells(pairs: list[Pair], bases: dict[str, Evaluation], id_: str) -> Table:
+    quality = _quality(pairs, 1)
+    first = [] if quality is None else [quality.row]
+    names = list(dict.fromkeys(first + [name for pair in pairs for name in pair.cell.ppl]))
     columns = [
         "cell", "verdict", "experts kept", *(f"PPL, {name}" for name in names[:1]), "ΔPPL, share", "decode speed over base", "Pareto front",
         *(f"PPL, {name}" for name in names[1:]), "method", "seed",
     ]  # fmt: skip
     rows: list[list[Cell | str]] = []
-    if base is not None:
-        own = {f"{cell.pack}@{cell.seq_len}": cell.metrics["ppl"] for cell in base.cells.values()}
-        ppl = [number(own.get(name)) for name in names]
-        rows.append(["base", "", "all", *ppl[:1], "", "", "", *ppl[1:], "", ""])
+    for name, base in bases.items():
+        ppl = [number(_ppl(base).get(row)) for row in names]
+        rows.append(["base" if len(bases) == 1 else name.removesuffix(".json"), "", "all", *ppl[:1], "", "", "", *ppl[1:], "", ""])
     for i, pair in enumerate(pairs):
         cell = pair.cell
-        link = render("link.html", target=f"{id_}-cell-{i}", text=cell.label)
+        link = render("link.html", target=f"{id_}-cell-{i}", text=cell.title)
         badge = render("badge.html", verdict=cell.verdict) if cell.verdict else NONE
         ppl = [number(cell.ppl.get(name)) for name in names]
         rows.append([

@@ -232,9 +232,34 @@ def test_a_sweep_shows_every_cell(folder: Path) -> None:
         assert f"{cell['ppl']['UNION@1024']:.3f}" in row[3]
         assert ("on it" in row) == cell["pareto"]
         assert f"{cell['label']}: {cell['verdict']}" in page.text
-        assert page.source.count(f"{cell['label']}: PPL ") == 2
-    assert len([found for found in page.all("svg") if "PPL on UNION@1024 against" in found.get("aria-label", "")]) == 2
+        assert page.source.count(f"{cell['label']}: PPL, UNION@1024 {cell['ppl']['UNION@1024']:.3f}") == 2
+    assert len([found for found in page.all("svg") if "PPL, UNION@1024, against" in found.get("aria-label", "")]) == 2
     assert page.source.count("band c1") == 1
+
+
+def test_a_sweep_over_several_draws_of_the_data_and_two_servers(tmp_path: Path) -> None:
+    size = {**SMALL, "rows": (("code", 1024), ("UNION", 1024))}
+    for seed, data in ((1, "a"), (2, "b")):
+        report_of.written(tmp_path / f"base.data{seed}.json", "tiny", data=data, **size)
+        report_of.written(tmp_path / f"cell.data{seed}.json", "worse", 0.1 * seed, seed, data=data, **size)
+        report_of.gate_file(*(tmp_path / f"{name}.data{seed}.json" for name in ("base", "cell")), tmp_path / f"{seed}.gate.json")
+    cell = {"label": "reap keep 24", "method": "reap", "keep": 24, "mask": "m.json", "top_k": 4, "verdict": "INCOMPLETE"}
+    ppl = {"code@1024": 9.0, "UNION@1024": 2.0}
+    cells = [
+        {**cell, "data_seed": i, "base": f"base.data{i}.json", "evaluation": f"cell.data{i}.json", "gate": f"{i}.gate.json", "ppl": ppl}
+        for i in (1, 2)
+    ]
+    other = {**cells[0], "label": "unmasked on server 2", "method": None, "mask": None, "top_k": 2, "keep": None}
+    sweep = {"format": "softprune.sweep", "version": 1, "base": "base.data1.json", "cells": [*cells, other], "error": None}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    page = page_of(tmp_path, "sweep.json")
+    names = ["base.data1", "base.data2", "reap keep 24, data 1", "reap keep 24, data 2", "unmasked on server 2, data 1"]
+    assert [row[0] for row in page.rows[1:6]] == names
+    assert page.rows[0][3] == "PPL, UNION@1024"
+    chart = "PPL over its base's, UNION@1024, against experts kept, by method; filled points pass"
+    assert len([found for found in page.all("svg") if found.get("aria-label") == chart]) == 1
+    assert "reap, top_k 4" in page.text
+    assert page.text.count("difference, total variation") == 3
 
 
 def test_a_sweep_whose_files_are_gone_or_lie_elsewhere(folder: Path, tmp_path: Path) -> None:
