@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from softprune.errors import InputError
 from softprune.evaluate.evaluation import Evaluation
+from softprune.evaluate.packing import UNION
 from softprune.report.documents import Decode, Gate, Sweep, SweepCell
 from softprune.report.gate import gate_section
 from softprune.report.given import SweepFolder, evaluation_of, gate_of
@@ -61,11 +62,12 @@ def sweep_section(given: SweepFolder, id_: str) -> tuple[Summary, Section]:
 
 
 def _quality(pairs: list[Pair], num_bases: int) -> Quality | None:
-    """Perplexity of the row that the gates name first; over its own base's where data were drawn several times."""
-    rows = [pair.gate.primary for pair in pairs if pair.gate is not None and pair.gate.primary is not None]
-    row = rows[0].name if rows else next((name for pair in pairs for name in pair.cell.ppl), None)
-    if row is None:
+    """Perplexity of the row that the gates name first, else of the union; over its own base's where data were drawn several times."""
+    named = [row.name for pair in pairs if pair.gate is not None for row in pair.gate.rows if row.primary]
+    measured = [name for pair in pairs for name in pair.cell.ppl]
+    if not measured:
         return None
+    row = (named + sorted(measured, key=lambda name: not name.startswith(f"{UNION}@")))[0]
     ppl = [pair.cell.ppl.get(row) for pair in pairs]
     own = [_ppl(pair.base).get(row) for pair in pairs]
     if num_bases < 2:

@@ -89,8 +89,10 @@ def speed_chart(cells: Sequence[SweepCell], quality: Quality) -> Figure | None:
             marks.append(frame.line([(decode.low, y), (decode.high, y)], f"{colour} whisker"))
         marks.append(_dot(frame, decode.over_base, y, cell, colour, quality))
     marks += _names(frame, [(decode.over_base, y, cell.title) for cell, decode, y in found if cell.pareto])
-    words = f"{quality.label}, against decode speed; right and down is better, the line is the Pareto front"
-    return Figure(words, frame.drawn(words, *marks), [*colours.items(), ("Pareto front", "front")])
+    words = f"{quality.label}, against decode speed; right and down is better" + (
+        ", the line is the Pareto front" if len(front) > 1 else ""
+    )
+    return Figure(words, frame.drawn(words, *marks), [*colours.items(), *([("Pareto front", "front")] if len(front) > 1 else [])])
 
 
 def groups(cells: Sequence[SweepCell]) -> dict[str, str]:
