@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from softprune.bench.tiny import PACKS
 from softprune.bench.tiny.weights import HERE as TINY
 from softprune.bench.tiny.weights import TRAINED
 from softprune.evaluate import evaluation, gates
@@ -33,15 +34,17 @@ from tests.conftest import Evidence, random_mask
 from tests.engines.harness import BASE_ENV, VllmServer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-FILES = [TINY / "packs" / f"{name}.parquet" for name in ("tool_agentic", "code")]
-SIZES = Sizes((1024, 2048), token_budget=16 * 1024)
-GATES = gates.read(gates.NEAR_LOSSLESS, gate_packs="all")
+FILES = [TINY / "packs" / f"{name}.parquet" for name in PACKS]
+SIZES = Sizes((1024, 2048), num_blocks=8)
+GATES = gates.read(gates.NEAR_LOSSLESS)
 QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
 def packs() -> PackSet:
-    return load(FILES, str(TINY / "tokenizer"), SIZES)
+    """UNION alone, which the gates judge."""
+    loaded = load(FILES, str(TINY / "tokenizer"), SIZES)
+    return replace(loaded, cells={UNION: loaded.cells[UNION]})
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,8 @@ def test_against_transformers(noise: tuple[Path, GateResult], packs: PackSet, mo
         assert abs(one["ppl_relative"]) < 0.003
         assert abs(one["mean_prob"]) < 0.002
         assert abs(one["mean_entropy"]) < 0.01
-        assert one["js2d_coarse"] < 0.002
+        # Of so few tokens the raw value is mostly their scatter among 1,200 cells.
+        assert one["js2d_coarse"] - one["js2d_coarse_bias"] < 0.002
 
 
 def test_base_against_base(noise: tuple[Path, GateResult], evidence: Evidence) -> None:
@@ -120,9 +124,9 @@ def test_random_pruning_fails(
 ) -> None:
     mask = random_mask(models["gpt-oss"], 16, seed=3)
     served.put_mask(mask)
-    pruned = evaluate(served, replace(packs, cells={UNION: packs.cells[UNION]}), tmp_path / "keep16.json", EvalSettings(label="keep 16"))
+    pruned = evaluate(served, packs, tmp_path / "keep16.json", EvalSettings(label="keep 16"))
     served.switch(None)
-    result = compare(evaluation.read(noise[0] / "first.json"), pruned, gates.read(gates.NEAR_LOSSLESS))
+    result = compare(evaluation.read(noise[0] / "first.json"), pruned, GATES)
     evidence("eval.exact.keep16_random", figures(result))
     assert (pruned.own["mask"], pruned.own["num_kept"]) == (mask.hash, [16] * 4)
     assert result.verdict == "FAIL"
@@ -132,9 +136,7 @@ def test_random_pruning_fails(
 def test_a_rewrite_of_all_experts_passes(packs: PackSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evidence: Evidence) -> None:
     for name, value in BASE_ENV.items():
         monkeypatch.setenv(name, value)
-    union = replace(packs, cells={UNION: packs.cells[UNION]})
-    gated = gates.read(gates.NEAR_LOSSLESS)
-    result = no_op(TRAINED, union, tmp_path / "no-op", EvalSettings(), gated, "vllm", ["--enforce-eager"], QUIET, print)
+    result = no_op(TRAINED, packs, tmp_path / "no-op", EvalSettings(), GATES, "vllm", ["--enforce-eager"], QUIET, print)
     evidence("eval.exact.no_op", figures(result))
     assert result.verdict == "PASS"
     assert result.base["fingerprint"] == result.candidate["fingerprint"]

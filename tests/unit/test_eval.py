@@ -10,8 +10,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from softprune.bench.tiny.weights import HERE as TINY
 from softprune.cli import app
 from softprune.control import KEY_ENV
 from softprune.errors import InputError, SoftpruneError
-from softprune.evaluate import evaluation
+from softprune.evaluate import evaluation, noise
 from softprune.evaluate.errors import EvaluationError, EvaluationFileError
 from softprune.evaluate.eval_packs import PackSet, Sizes, load
 from softprune.evaluate.eval_state import ScoreStore
@@ -463,6 +463,41 @@ def test_the_noise_floor(start: Start, tmp_path: Path) -> None:
     server.engine.fault = "absent"
     code, output = run()
     assert (code, "found no log-probabilities" in output) == (3, True)
+
+
+def test_a_rewrite_of_all_experts(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written once, verified again, served beside its source, and refused once it was changed."""
+    places: list[str] = []
+
+    @contextmanager
+    def serving(engine: str, model: Path, seq_len: int, flags: Sequence[str]) -> Iterator[ServerClient]:
+        places.append(model.name)
+        assert (engine, seq_len, list(flags)) == ("vllm", 64, ["--softprune-control", "--enforce-eager"])
+        yield client_of(start())
+
+    monkeypatch.setattr(noise, "serving", serving)
+    monkeypatch.setattr(noise, "servable", nullcontext)
+    out = tmp_path / "no-op"
+    command = ["no-op", TINY / "weights", "-o", out, "--packs", FILES[0], "--seq-lens", 64, "--num-blocks", 12]
+    command += ["--gates", gates_file(tmp_path), "--engine", "vllm", "--engine-args=--enforce-eager"]
+
+    def run() -> tuple[int, str]:
+        result = CliRunner(env={"COLUMNS": "300"}).invoke(app, [str(one) for one in command])
+        return result.exit_code, " ".join(result.output.split())
+
+    code, output = run()
+    assert code == 0, output
+    assert "PASS by here" in output
+    assert places == ["weights", "rewritten"]
+    assert sorted(path.name for path in out.iterdir()) == ["base.json", "gate.json", "rewritten", "rewritten.json"]
+    code, output = run()
+    assert (code, output.count("skipped")) == (0, 3)
+    shard = next((out / "rewritten").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    code, output = run()
+    assert (code, shard.name in output) == (3, True)
 
 
 def gates_file(folder: Path) -> Path:
