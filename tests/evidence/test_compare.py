@@ -1,7 +1,7 @@
 """`bench compare` over HTTP: a server whose speed drifts and stalls, against itself and against its own second port that is 3 % faster.
 
 Run alone: pytest tests/evidence/test_compare.py
-Each of 20 trials is a whole comparison of 10 pairs with a server and a noise of its own; they run at once, since a fake server only waits.
+Each of 20 trials is a whole comparison of 8 pairs with a server and a noise of its own; they run at once, since a fake server only waits.
 `tests/unit/test_intervals.py` has thousands of trials without a server.
 """
 
@@ -31,7 +31,7 @@ def servers() -> Iterator[list[FakeServer]]:
 def trial(server: FakeServer, seed: int, truth: float) -> dict[str, Any]:
     """What a comparison finds; a pass takes two seconds, so that a busy machine's own noise is small beside the planted one."""
     server.behave(Behaviour("vllm", 0.16, 0.16, noise=seed, second=truth))
-    document = compare(Urls(server.url, server.second), Workload(8, 13, seed), [1], repeats=10, warmup=1)
+    document = compare(Urls(server.url, server.second), Workload(8, 13, seed), [1], repeats=8, warmup=1)
     return dict(document["results"][0]["ratio"]["decode_tok_s"])
 
 
@@ -49,4 +49,4 @@ def test_twenty_comparisons(servers: list[FakeServer], truth: float, evidence: E
         assert verdicts["within noise"] == holds
     else:
         assert verdicts["slower"] == 0
-        assert verdicts["faster"] >= 0.75 * TRIALS, found
+        assert verdicts["faster"] >= 0.7 * TRIALS, found
