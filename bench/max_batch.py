@@ -2,8 +2,8 @@
 
 A size is tried with one pass of `softprune.bench.decode`. That all its requests ran at once is seen in the streams, each of which has its
 first token before any has its last, or in the engine's gauge of running requests, which engines update now and then; of answers so short
-that neither shows it, the answer is too small. Preemptions (vLLM) and retractions (SGLang) are read from the engine's metrics. The size that
-is found has to run again, as often as its throughput is measured.
+that neither shows it, the size found is too small. Preemptions (vLLM) and retractions (SGLang) are read from the engine's metrics. The size
+that is found has to run again, as often as its throughput is measured.
 """
 
 from __future__ import annotations
