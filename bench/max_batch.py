@@ -1,8 +1,9 @@
 """The largest batch that a server decodes to the end: all of it at once, nothing preempted, no error.
 
 A size is tried with one pass of `softprune.bench.decode`. That all its requests ran at once is seen in the streams, each of which has its
-first token before any has its last; without streaming, in the engine's gauge of running requests. Preemptions (vLLM) and retractions
-(SGLang) are read from the engine's metrics. The size that is found has to run again, as often as its throughput is measured.
+first token before any has its last, or in the engine's gauge of running requests, which engines update now and then; of answers so short
+that neither shows it, the size found is too small. Preemptions (vLLM) and retractions (SGLang) are read from the engine's metrics. The size
+that is found has to run again, as often as its throughput is measured.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from softprune.bench.prompts import Api, Workload
 from softprune.errors import InputError
 
 FORMAT, VERSION = "softprune.max-batch", 1
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 IDLE_SECONDS = 60.0
 """Longest wait for requests of others, or of a pass that was given up."""
 
@@ -186,7 +187,7 @@ class _Trial:
         elif preempted:
             why = "preempted"
         else:
-            why = "queued" if (max(seen) if together is None else together) < size else None
+            why = "queued" if max(*seen, together or 0) < size else None
         figures = result.figures() if result else None
         if figures is not None:
             del figures["streams"]
