@@ -164,13 +164,15 @@ def _pooled(rows: Rows) -> list[Speed]:
     found: dict[tuple[Setting, str, str, int], list[Speed]] = {}
     for one in rows.speeds:
         found.setdefault((one.setting, one.model, one.variant, one.batch), []).append(one)
-    pooled = []
+    pooled, mixed = [], []
     for (setting, model, variant, batch), same in found.items():
         flags = tuple(sorted({text for one in same for text in one.flags}))
         if len(flags) > 1:
-            rows.note(f"{model}, {variant}, batch {batch}: repeats of servers with different flags are in one row.")
+            mixed.append(f"{model}, {variant}, batch {batch}")
         values = tuple(value for one in same for value in one.tok_s)
         pooled.append(Speed(setting, model, variant, batch, values, _middle(same, "ttft_s"), _middle(same, "inter_token_ms"), flags))
+    if mixed:
+        rows.note(f"Repeats of servers with different flags are in one row: {'; '.join(mixed)}.")
     return pooled
 
 

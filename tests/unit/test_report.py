@@ -118,7 +118,7 @@ def test_other_models_and_flags_are_said(tmp_path: Path) -> None:
     assert len(lines(text, "tokens")) == 2
     assert "Curves are of different models" in text
     text = report(tmp_path, decode(row(8, 10.0)), decode(row(8, 20.0), server_flags={"max_total_tokens": 5}))
-    assert "base, unmasked, top_k 4, batch 8: repeats of servers with different flags are in one row." in text
+    assert "Repeats of servers with different flags are in one row: base, unmasked, top_k 4, batch 8." in text
     seeds = [decode(row(8, 10.0), server_flags={"random_seed": seed}) for seed in (1, 2)]
     assert "different flags" not in report(tmp_path, *seeds)
 
