@@ -75,7 +75,7 @@ def run_command(
         with tensor_progress(None, errors) as progress:
             running.run(read, places, _tell, progress)
         return
-    from softprune.evaluate import eval_packs as pack_module  # pyarrow and Transformers, without which the other commands start
+    from softprune.evaluate import eval_packs as pack_module  # Transformers, which takes a second to import
     from softprune.evaluate import gates as gates_module
     from softprune.evaluate.eval_recipe import seq_lens_of
     from softprune.evaluate.evaluate import EvalSettings

@@ -55,7 +55,7 @@ def sweep_command(
 
     Interrupted, the same command goes on where it was.
     """
-    from softprune.evaluate import eval_packs  # pyarrow and Transformers, without which the other commands start
+    from softprune.evaluate import eval_packs  # Transformers, which takes a second to import
     from softprune.evaluate import gates as gates_module
     from softprune.evaluate.eval_recipe import seq_lens_of
     from softprune.evaluate.evaluate import EvalSettings
