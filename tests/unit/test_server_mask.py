@@ -24,9 +24,14 @@ def fake() -> Iterator[ServedFake]:
 
 def test_put_back_or_left(fake: ServedFake) -> None:
     client, before, other = ServerClient(fake.url, "right"), fake.api.in_force, make_mask([[3, 4]] * LAYERS)
-    with pytest.raises(KeyboardInterrupt), mask_put_back(client):
-        client.put_mask(other)
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with mask_put_back(client):
+            client.put_mask(other)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert fake.api.in_force == before
     with mask_put_back(client) as restore:
         client.put_mask(other)
@@ -37,9 +42,14 @@ def test_put_back_or_left(fake: ServedFake) -> None:
 def test_what_cannot_be_put_back_is_named(fake: ServedFake) -> None:
     client, before = ServerClient(fake.url, "right"), fake.api.in_force
     assert before is not None
-    with pytest.raises(SoftpruneError, match=f"NOT PUT BACK: mask {before.hash} was in force"), mask_put_back(client):
-        client.switch(None)
-        fake.api.switches = [REFUSED]
+
+    def refused() -> None:
+        with mask_put_back(client):
+            client.switch(None)
+            fake.api.switches = [REFUSED]
+
+    with pytest.raises(SoftpruneError, match=f"NOT PUT BACK: mask {before.hash} was in force"):
+        refused()
 
 
 def test_a_recipe_without_a_server_takes_no_options_of_one(tmp_path: Path) -> None:
