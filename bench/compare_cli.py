@@ -89,17 +89,18 @@ def compare_command(
 
 def table(document: dict[str, Any]) -> Table:
     """What was found, for a terminal."""
-    sides, figure = document["sides"], document["results"][0]["figure"]
-    a, b = sides["a"], sides["b"]
-    title = f"A: {_called(a)}\nB: {_called(b)}\n{a['gpu'] or 'unknown device'}; {'decoding' if figure == 'decode_tok_s' else 'all'} tok/s"
-    columns = ["batch", "pairs", "A tok/s", "B tok/s", "B / A", "95 % interval"]
+    a, b = document["sides"]["a"], document["sides"]["b"]
+    title = f"A: {_called(a)}\nB: {_called(b)}\n{a['gpu'] or 'unknown device'}"
+    columns = ["batch", "pairs", "while", "A tok/s", "B tok/s", "B / A", "95 % interval"]
     shown = Table(*columns, *(["A of limit", "B of limit"] if document["bandwidth"] else []), title=escape(title), box=None)
     for column in shown.columns:
         column.justify = "right"
     for row in document["results"]:
+        figure = row["figure"]
         ratio = row["ratio"][figure]
         ends = "-" if ratio["low"] is None else f"{ratio['low']:.3f} to {ratio['high']:.3f}"
-        cells = [str(row["batch"]), str(len(ratio["pairs"])), median(row["a"][figure], ",.1f"), median(row["b"][figure], ",.1f")]
+        cells = [str(row["batch"]), str(len(ratio["pairs"])), "decoding" if figure == "decode_tok_s" else "in all"]
+        cells += [median(row[side][figure], ",.1f") for side in "ab"]
         limits = [f"{row['roofline'][side]['share']:.0%}" for side in "ab"] if row["roofline"] else []
         shown.add_row(*cells, f"{ratio['median']:.3f}", ends, *limits)
     return shown

@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from softprune.bench import engine_metrics
+from softprune.bench.batch_limits import cap_of, most_together, start_of
 from softprune.bench.bracket import Bracket
 from softprune.bench.client import DecodeClient
 from softprune.bench.decode import about, check_sizes, head
 from softprune.bench.errors import BenchmarkError
-from softprune.bench.figures import Repeat, summary
+from softprune.bench.figures import summary
 from softprune.bench.prompts import Api, Workload
 from softprune.errors import InputError
 
@@ -64,6 +65,16 @@ class Try:
         """How many requests ran at once, as far as is known."""
         return max(self.max_running, self.together or 0)
 
+    @property
+    def reason(self) -> str:
+        """Why it did not run, in a sentence."""
+        if self.why == "error":
+            return f"error at {self.batch}: {self.error}"
+        if self.why == "preempted":
+            so_far = "" if self.figures else " by the time that one was seen"
+            return f"{self.preempted} of {self.batch} requests were preempted{so_far}"
+        return f"queued: of {self.batch} requests at most {self.at_once} ran at once (KV room, or the engine's cap on running requests)"
+
 
 def max_batch(
     url: str, workload: Workload, most: int = 1024, start: int | None = None, step: int = 1, repeats: int = 3, stream: bool = True, *,
@@ -104,8 +115,8 @@ def max_batch(
             await trial.warm_up()
             metrics = await engine_metrics.read(client)
             memory = engine_metrics.memory_of(client.flags, metrics)
-            cap, whose = _cap(client.flags, max_running, most)
-            first, jump = _start(start, memory["kv_tokens"], workload)
+            cap, whose = cap_of(client.flags, max_running, most)
+            first, jump = start_of(start, memory["kv_tokens"], workload)
             settings = {**asdict(workload), "stream": stream, "api": client.api, "stall_seconds": stall_seconds, "start": min(first, cap)}
             settings |= {"max": most, "max_running": max_running, "step": step, "repeats": repeats}
             document.update(settings=settings, memory=memory, tries=[], max_batch=None, limit=None, next_failed=None)
@@ -134,7 +145,7 @@ def max_batch(
                 if bracket.low == 0 or all([await attempt(bracket.low, "repeat") for _ in range(repeats) if bracket.low not in failures]):
                     break
             document.update(max_batch=bracket.low or None, next_failed=bracket.high, not_monotone=bracket.not_monotone)
-            document["limit"] = whose if bracket.high is None else _reason(failures[bracket.high], client.flags)
+            document["limit"] = whose if bracket.high is None else failures[bracket.high].reason
             document["result"] = summary(bracket.low, passes) if passes else None
 
     try:
@@ -180,7 +191,7 @@ class _Trial:
             watch.cancel()
             await asyncio.gather(tried, watch, return_exceptions=True)
         after = await self._settled()  # raises if the server is gone
-        preempted, together = after.preempted - before.preempted, _together(result) if result and self.client.stream else None
+        preempted, together = after.preempted - before.preempted, most_together(result) if result and self.client.stream else None
         why: str | None
         if error is not None:
             why = "error"
@@ -216,41 +227,3 @@ class _Trial:
             if load.preempted > preempted:
                 return
             await asyncio.sleep(POLL_SECONDS)
-
-
-def _together(result: Repeat) -> int:
-    """The largest number of streams between their first and their last token at one time."""
-    marks = [(stream.arrivals[0][0], 1) for stream in result.streams] + [(stream.arrivals[-1][0], -1) for stream in result.streams]
-    most = now = 0
-    for _, change in sorted(marks, key=lambda mark: (mark[0], -mark[1])):
-        now += change
-        most = max(most, now)
-    return most
-
-
-def _cap(flags: Mapping[str, Any], max_running: int | None, most: int) -> tuple[int, str]:
-    """The largest size to try, and what to call it."""
-    each = flags.get("effective_max_running_requests_per_dp") or flags.get("max_running_requests")
-    own = each * (flags.get("dp_size") or 1) if each else None
-    caps = {"--max": most, "--max-running": max_running, "the engine's own max_running_requests": own}
-    known = {name: value for name, value in caps.items() if value is not None}
-    name = min(known, key=lambda cap: known[cap])
-    return known[name], f"{name} = {known[name]}"
-
-
-def _start(start: int | None, kv_tokens: float | None, workload: Workload) -> tuple[int, int]:
-    """The first size, and how far from it the second lies."""
-    if start is not None or not kv_tokens:
-        return start or 8, start or 8
-    guess = max(1, int(kv_tokens) // (workload.prompt_tokens + workload.max_new_tokens))
-    return guess, max(1, guess // 8)
-
-
-def _reason(failed: Try, flags: Mapping[str, Any]) -> str:
-    """Why the size above the answer did not run."""
-    if failed.why == "error":
-        return f"error at {failed.batch}: {failed.error}"
-    if failed.why == "preempted":
-        so_far = "" if failed.figures else " by the time that one was seen"
-        return f"{failed.preempted} of {failed.batch} requests were preempted{so_far}"
-    return f"queued: of {failed.batch} requests at most {failed.at_once} ran at once (KV room, or the engine's cap on running requests)"
