@@ -16,7 +16,9 @@ PACKAGES = {
     "softprune.recipe": "core/recipe",
     "softprune.selection": "core/selection",
     "softprune.stats": "core/stats",
+    "softprune.sweep": "core/sweep",
     "softprune.bench": "bench",
+    "softprune.bench.gpu": "bench/gpu",
     "softprune.bench.tiny": "bench/tiny",
     "softprune.bench.tiny.data": "bench/tiny/data",
     "softprune.sglang_ext": "sglang_ext",
@@ -30,7 +32,7 @@ setup(
     python_requires=">=3.10",
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"softprune": ["py.typed"], "softprune.evaluate": ["gates/*.json"]},
+    package_data={"softprune": ["py.typed"], "softprune.evaluate": ["gates/*.json"], "softprune.report": ["templates/*"]},
     install_requires=[
         "torch>=2.9",
         "numpy",
@@ -44,6 +46,8 @@ setup(
         "aiohttp>=3.9",
         "pyarrow>=15",
         "matplotlib>=3.8",
+        "pillow>=10",
+        "Jinja2>=3.1",
         "huggingface_hub",
     ],
     extras_require={

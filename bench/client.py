@@ -189,16 +189,24 @@ class DecodeClient:
             return None
         return body
 
+    async def text(self, path: str) -> tuple[int, str]:
+        """(status, body) of one of the engine's own pages; raises `BenchmarkError` if nobody answers."""
+        status, body = await self._fetch(path)
+        return status, body.decode(errors="replace")
+
     async def _get(self, path: str, headers: dict[str, str] | None = None, place: tuple[int, int] | None = None) -> tuple[int, Any]:
+        status, body = await self._fetch(path, headers, place)
+        try:
+            return status, json.loads(body)
+        except ValueError:
+            return status, None
+
+    async def _fetch(self, path: str, headers: dict[str, str] | None = None, place: tuple[int, int] | None = None) -> tuple[int, bytes]:
         batch, repeat = place or (None, None)
         try:
             async with self._session.get(self._url + path, headers=headers) as response:
-                body = await response.read()
+                return response.status, await response.read()
         except aiohttp.ServerTimeoutError:
             raise StallError(batch, repeat, None, f"no answer to {path} for {self._stall:g} s", "one") from None
         except (aiohttp.ClientError, ConnectionError) as error:
             raise ServerGoneError(batch, repeat, None, gone(error), "a server that listens") from None
-        try:
-            return response.status, json.loads(body)
-        except ValueError:
-            return response.status, None

@@ -67,25 +67,15 @@ def measure(
         InputError: no or repeated batch sizes, or a number out of range.
         BenchmarkError: a pass failed; `partial` holds the document with what was measured before it.
     """
-    for name, found, least in (("batches", min(batches, default=0), 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
-        if found < least:
-            raise InputError("benchmark", name, str(found), f"at least {least}")
-    if len(set(batches)) < len(batches):
-        raise InputError("benchmark", "batches", str(list(batches)), "each size once, since a size decides its prompts")
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "softprune_version": __version__,
-        "notes": pathless(notes or {}),
-    }
+    check_sizes(batches, repeats, warmup)
+    document = head(FORMAT, VERSION, notes)
     settings = {**asdict(workload), "batches": list(batches), "warmup": warmup, "repeats": repeats, "stream": stream}
 
     async def run() -> None:
         total = len(batches) * (warmup + repeats)
         done = 0
         async with DecodeClient(url, workload, api, stream, key=key, engine_key=engine_key, stall_seconds=stall_seconds) as client:
-            document.update(await _about(client, gpu))
+            document.update(await about(client, gpu))
             document.update(settings={**settings, "api": client.api, "stall_seconds": stall_seconds}, results=[], error=None)
             for batch in batches:
                 finished: list[dict[str, Any]] = []
@@ -108,19 +98,50 @@ def measure(
     return document
 
 
-async def _about(client: DecodeClient, gpu: str | None) -> dict[str, Any]:
+def check_sizes(batches: Sequence[int], repeats: int, warmup: int) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        InputError: no or repeated batch sizes, or a number out of range.
+    """
+    for name, found, least in (("batches", min(batches, default=0), 1), ("repeats", repeats, 1), ("warmup", warmup, 0)):
+        if found < least:
+            raise InputError("benchmark", name, str(found), f"at least {least}")
+    if len(set(batches)) < len(batches):
+        raise InputError("benchmark", "batches", str(list(batches)), "each size once, since a size decides its prompts")
+
+
+def head(kind: str, version: int, notes: Mapping[str, str] | None) -> dict[str, Any]:
+    """How a document of a benchmark begins."""
+    return {
+        "format": kind,
+        "version": version,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "softprune_version": __version__,
+        "notes": pathless(notes or {}),
+    }
+
+
+async def about(client: DecodeClient, gpu: str | None) -> dict[str, Any]:
+    """What a server says of itself: {"engine", "model", "server_flags", "gpu", "softprune"}, as documents hold it.
+
+    Args:
+        client: entered.
+        gpu: its device, if neither softprune nor a server on this machine tells.
+    """
     status = await client.softprune_status()
     served: dict[str, Any] | None = None
     if status is not None:
         mask = status.get("mask") or {}
         served = {"fingerprint": status.get("fingerprint"), "mask_hash": mask.get("hash"), "num_kept": mask.get("num_kept")}
         served |= {"top_k": status.get("top_k"), "moe_backend": status.get("moe_backend")}
-    gpu = (status or {}).get("device") or (_local_gpus() if client.loopback else None) or gpu
+    gpu = (status or {}).get("device") or (local_gpus() if client.loopback else None) or gpu
     about = {"engine": client.engine, "model": client.model, "server_flags": client.flags}
     return {**about, "gpu": pathless(gpu), "softprune": pathless(served)}
 
 
-def _local_gpus() -> str | None:
+def local_gpus() -> str | None:
+    """Names of this machine's GPUs, as its driver tells them; None if there is none."""
     if not (tool := shutil.which("nvidia-smi")):
         return None
     command = [tool, "--query-gpu=name", "--format=csv,noheader"]

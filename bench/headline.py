@@ -13,7 +13,8 @@ from typing import Any, TypedDict
 from softprune.errors import InputError, shortened
 from softprune.files import write_whole
 
-_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
+NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
+"""A figure's name."""
 _FIELDS = {"value", "unit", "raw", "date"}
 
 
@@ -33,14 +34,17 @@ class Figure(TypedDict):
 
 
 def record(path: Path, name: str, value: float, unit: str, raw: str) -> None:
-    """Add or replace one figure, with today's UTC date; makes the file if there is none.
+    """Add or replace one figure, with today's UTC date; makes the file if there is none. One that is there already keeps its date.
 
     Raises:
         InputError: a part is not as `Figure` says, `raw` is not there, or the file is not valid. The file stays as it was.
     """
     figures = read(path) if path.exists() else {}
+    entry = {"value": value, "unit": unit, "raw": raw}
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    figures[name] = _checked(path, name, {"value": value, "unit": unit, "raw": raw, "date": date})
+    if name in figures and {**figures[name], **entry} == figures[name]:
+        date = figures[name]["date"]
+    figures[name] = _checked(path, name, {**entry, "date": date})
     write_whole(path, json.dumps(dict(sorted(figures.items())), indent=1) + "\n")
 
 
@@ -63,7 +67,7 @@ def read(path: Path) -> dict[str, Figure]:
 
 def _checked(path: Path, name: str, entry: Any) -> Figure:
     file = str(path)
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise InputError(file, shortened(name), "this name", "parts of a-z, 0-9 and _, with dots between, e.g. sglang.mask.switch_ms")
     if not isinstance(entry, Mapping) or set(entry) != _FIELDS:
         raise InputError(file, name, shortened(entry), f"an object of {', '.join(sorted(_FIELDS))}")

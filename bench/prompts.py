@@ -165,5 +165,5 @@ def pathless(value: Any) -> Any:
 def sglang_flags(about: Mapping[str, Any]) -> dict[str, Any]:
     """Settings and memory that may change a figure, of SGLang's /server_info; paths shortened."""
     flags = {name: pathless(value) for name, value in about.items() if _SGLANG_FLAGS.fullmatch(name) and value is not None}
-    memory = [state["memory_usage"] for state in about.get("internal_states") or [] if "memory_usage" in state]
-    return {**flags, "memory_usage": memory[0]} if memory else flags
+    state: Mapping[str, Any] = next((one for one in about.get("internal_states") or [] if "memory_usage" in one), {})
+    return flags | {name: state[name] for name in ("memory_usage", "effective_max_running_requests_per_dp") if name in state}

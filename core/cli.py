@@ -30,12 +30,14 @@ from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
 from softprune.ranking.cli import rank_command
 from softprune.recipe import cli as recipe_cli
+from softprune.report.cli import report_command
 from softprune.report.keep_map import keep_map
 from softprune.report.progress import tensor_progress
 from softprune.report.sizes import readable
 from softprune.selection.cli import select_command
 from softprune.server_cli import selftest, server_app
 from softprune.stats.cli import stats_app
+from softprune.sweep.cli import sweep_command
 
 
 class _Group(typer.core.TyperGroup):
@@ -71,8 +73,10 @@ app.command("rewrite")(rewrite_cli.rewrite_command)
 app.command("verify")(rewrite_cli.verify_command)
 app.command("plan")(rewrite_cli.plan_command)
 app.command("eval")(evaluate_cli.eval_command)
+app.command("sweep")(sweep_command)
 app.command("noise-floor")(evaluate_cli.noise_floor_command)
 app.command("no-op")(evaluate_cli.no_op_command)
+app.command("report")(report_command)
 console = Console(highlight=False)
 
 Model = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint folder (config.json and safetensors).")]

@@ -3,7 +3,8 @@
     make demo
 
 Takes the small trained gpt-oss of this repository (dequantised: CPUs have no kernels for MXFP4) and a mask that keeps 24 of its
-32 experts, serves it without and with the mask, sends both the same requests over HTTP and prints what the routers selected.
+32 experts, serves it without and with the mask, sends both the same requests over HTTP and prints what the routers selected. Then it
+measures how fast the masked server decodes, without the probe that watched its routers, and prints the report.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -42,17 +45,23 @@ def softprune(*arguments: str) -> None:
     subprocess.run([str(Path(sys.executable).parent / "softprune"), *arguments], check=True)
 
 
-def serve(model: Path, log: Path, *flags: str) -> list[list[int]]:
-    """Start vLLM, send the requests, and return how often each router selected each expert."""
+@contextmanager
+def served(model: Path, log: Path, *flags: str) -> Iterator[Server]:
+    """A vLLM that is ready, by a command that is shown."""
     port = free_port()
-    command = vllm_command(
-        model, port, "--enforce-eager", "--max-model-len", "1024", "--dtype", "bfloat16", "--no-enable-prefix-caching", *flags
-    )
+    command = vllm_command(model, port, "--enforce-eager", "--max-model-len", "1024", "--dtype", "bfloat16", *flags)
     console.print(f"\n[bold]$ python {shlex.join(command[1:])}[/]")
     start = time.monotonic()
     with Server(command, port, log, "demo", ENV) as server:
         server.wait_ready()
-        console.print(f"ready after {time.monotonic() - start:.0f} s; sending {REQUESTS} requests of {MAX_TOKENS} new tokens")
+        console.print(f"ready after {time.monotonic() - start:.0f} s")
+        yield server
+
+
+def selected(model: Path, log: Path, *flags: str) -> list[list[int]]:
+    """Start vLLM, send the requests, and return how often each router selected each expert."""
+    with served(model, log, "--no-enable-prefix-caching", "--softprune-debug-routes", *flags) as server:
+        console.print(f"sending {REQUESTS} requests of {MAX_TOKENS} new tokens")
 
         def complete(number: int) -> int:
             body = {
@@ -107,16 +116,21 @@ def main() -> None:
     softprune("mask", "new", "--model", str(model), "--keep-random", "24", "--seed", "7", "--out", str(mask_path))
     softprune("mask", "show", str(mask_path))
     runs = {
-        "unmasked": serve(model, place / "unmasked.log", "--softprune-debug-routes"),
-        "masked": serve(model, place / "masked.log", "--expert-mask", str(mask_path), "--softprune-debug-routes"),
+        "unmasked": selected(model, place / "unmasked.log"),
+        "masked": selected(model, place / "masked.log", "--expert-mask", str(mask_path)),
     }
     mask = mask_file.load(mask_path)
     console.print()
     console.print(report(mask, runs))
-    selected = sum(runs["masked"][layer][i] for layer in range(mask.model.num_layers) for i in mask.pruned(layer))
-    if selected:
-        raise SystemExit(f"pruned experts were selected {selected} times")
+    pruned = sum(runs["masked"][layer][i] for layer in range(mask.model.num_layers) for i in mask.pruned(layer))
+    if pruned:
+        raise SystemExit(f"pruned experts were selected {pruned} times")
     console.print("[bold green]With the mask, pruned experts were never selected.[/]")
+    with served(model, place / "speed.log", "--expert-mask", str(mask_path)) as server:
+        sizes = ("--batch", "1,4", "--prompt-tokens", "64", "--max-new-tokens", "64", "--repeats", "3")
+        url = ("--url", f"http://127.0.0.1:{server.port}", "--key", server.key)
+        softprune("bench", "decode", *url, *sizes, "--out", str(place / "decode.json"))
+    softprune("bench", "report", str(place / "decode.json"), "--out", str(place / "report"))
 
 
 if __name__ == "__main__":

@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from softprune.bench.masks import random_mask as random_mask
 from softprune.bench.tiny.weights import HERE as TINY
 from softprune.bench.tiny.weights import TRAINED
 from softprune.checkpoint.dequantize import dequantize_checkpoint
-from softprune.checkpoint.families import read_config, spec_of
-from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.checkpoint.synth import synth_checkpoint
 from softprune.mask import ExpertMask
-from softprune.mask_forms import build
 
 SGLANG_SITE = Path(__file__).parent.parent / ".venv-sglang"
 EVIDENCE = pytest.StashKey[dict[str, Any]]()
@@ -74,14 +72,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     synth_checkpoint("qwen3-moe-tiny", root / "qwen3-moe", "bf16", seed=1)
     synth_checkpoint("mixtral-tiny", root / "mixtral", "bf16", seed=1)
     return {"gpt-oss-mxfp4": TRAINED, **{path.name: path for path in root.iterdir()}}
-
-
-def random_mask(model: Path, keep: int | list[int], seed: int = 0, top_k: int | None = None) -> ExpertMask:
-    """A mask that keeps so many random experts, the same number in each layer or one for each."""
-    spec, rng = spec_of(read_config(model)), random.Random(seed)
-    numbers = [keep] * spec.num_layers if isinstance(keep, int) else keep
-    rows = [rng.sample(range(spec.num_experts), number) for number in numbers]
-    return build(spec, rows, fingerprint_of_checkpoint(model), {"method": "random", "seed": seed}, "random_mask", top_k)
 
 
 def saved(mask: ExpertMask, path: Path) -> str:

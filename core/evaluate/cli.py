@@ -74,6 +74,7 @@ def eval_command(
     num_blocks: NumBlocks = None,
     token_budget: Budget = None,
     block_form: BlockForm = None,
+    data_seed: Annotated[int | None, typer.Option(help="Take the packs' rows in this seed's order; else in the files' own.")] = None,
     no_union: NoUnion = False,
     tokenizer: Tokenizer = None,
     concurrency: Concurrency = None,
@@ -99,7 +100,7 @@ def eval_command(
         served = ask_served(client)
         if one.top_k is not None and served.top_k not in (None, one.top_k):
             raise InputError(client.url, "top_k", str(served.top_k), f"{one.top_k}, as {recipe} says")
-        blocks = _packs(one, tokenizer or served.tokenizer, not no_union, errors)
+        blocks = _packs(one, tokenizer or served.tokenizer, not no_union, errors, data_seed)
         place = out if len(chosen) == 1 else out.with_name(f"{out.stem}.{one.name}{out.suffix}")
         found = evaluated(client, blocks, place, _settings(one), errors, _tell)
         console.print(shown(found))
@@ -170,11 +171,11 @@ def no_op_command(
         show(no_op(model, blocks, out, _settings(run), gates, engine, shlex.split(engine_args), errors, _tell))
 
 
-def _packs(run: EvalRun, tokenizer: str, with_union: bool, errors: Console) -> PackSet:
+def _packs(run: EvalRun, tokenizer: str, with_union: bool, errors: Console, data_seed: int | None = None) -> PackSet:
     from softprune.evaluate import eval_packs
 
     with errors.status("packs") as status:
-        return eval_packs.load(run.packs, tokenizer, run.sizes, with_union, run.column, run.union_name, status.update)
+        return eval_packs.load(run.packs, tokenizer, run.sizes, with_union, run.column, run.union_name, status.update, data_seed)
 
 
 def _settings(run: EvalRun) -> EvalSettings:

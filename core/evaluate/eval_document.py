@@ -33,7 +33,8 @@ def meta_of(served: Served, packs: PackSet, metrics: MetricSettings, label: str,
     own = {
         "format": FORMAT, "version": VERSION, "softprune_version": __version__, "date": now.isoformat(timespec="seconds"),
         "fingerprint": served.fingerprint, "mask": served.mask, "num_kept": served.num_kept,
-        "tokenizer_sha256": packs.tokenizer_sha256, "block_form": packs.form, "vocabulary_size": packs.vocabulary,
+        "tokenizer_sha256": packs.tokenizer_sha256, "block_form": packs.form, "data_seed": packs.data_seed,
+        "vocabulary_size": packs.vocabulary,
     }  # fmt: skip
     return {
         "dataset_repo": None, "pack_files": list(packs.files), "model_id": label, "model_path": PurePath(served.path).name,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from softprune.errors import InputError
-from softprune.evaluate.packing import UNION, Blocks, PackError, pack_rows, read_rows, union
+from softprune.evaluate.packing import UNION, Blocks, PackError, pack_rows, read_rows, shuffled, union
 from softprune.stats.collect_packs import load_tokenizer
 
 BlockForm = Literal["L", "L+1"]
@@ -63,6 +63,7 @@ class PackSet:
         form: see `BlockForm`.
         tokenizer_sha256: over the vocabulary, as JSON of [token, id] by id.
         vocabulary: tokens in it.
+        data_seed: of the order of rows; None for the files' own.
         sample: a text of each file and the ids it becomes, by which a server's tokenizer is compared.
     """
 
@@ -72,11 +73,12 @@ class PackSet:
     tokenizer_sha256: str
     vocabulary: int
     sample: tuple[str, list[int]]
+    data_seed: int | None = None
 
 
 def load(
     files: Sequence[Path], tokenizer: str, sizes: Sizes, with_union: bool = True, column: str = "text", union_name: str = UNION,
-    tell: Callable[[str], None] = lambda text: None,
+    tell: Callable[[str], None] = lambda text: None, data_seed: int | None = None,
 ) -> PackSet:  # fmt: skip
     """Cut packs into blocks; reading begins anew for every pack and length.
 
@@ -88,6 +90,7 @@ def load(
         column: that holds the conversations.
         union_name: that UNION goes by.
         tell: told what is being read.
+        data_seed: puts each file's rows into another order first; None leaves it.
 
     Raises:
         PackError: a pack cannot be read, is too small, or has no completion token.
@@ -107,7 +110,7 @@ def load(
             number, length = sizes.blocks_at(seq_len), sizes.length_of(seq_len)
             tell(f"{name}: {number} blocks of {length}")
             source = name if name == union_name else str(parts[0])
-            blocks = pack_rows(union([read_rows(part, column) for part in parts]), loaded, length, number, source)
+            blocks = pack_rows(union([_rows(part, column, data_seed) for part in parts]), loaded, length, number, source)
             if not blocks.num_kept:
                 found = f"no completion token in {number} blocks of {length} ({blocks.rows_seen} rows)"
                 raise PackError(source, column, found, "conversations in Harmony's form, with messages of the assistant")
@@ -116,4 +119,9 @@ def load(
     ids = loaded(text, add_special_tokens=False, verbose=False)["input_ids"]
     vocabulary = json.dumps(sorted(loaded.get_vocab().items(), key=lambda one: (one[1], one[0])), ensure_ascii=False)
     digest = "sha256:" + hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()
-    return PackSet(cells, tuple(file.name for file in files), sizes.form, digest, len(loaded), (text, ids))
+    return PackSet(cells, tuple(file.name for file in files), sizes.form, digest, len(loaded), (text, ids), data_seed)
+
+
+def _rows(file: Path, column: str, data_seed: int | None) -> Iterator[str]:
+    rows = read_rows(file, column)
+    return rows if data_seed is None else shuffled(rows, data_seed)

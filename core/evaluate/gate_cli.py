@@ -74,7 +74,7 @@ def gate_command(
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_CODES["INVALID"]) from None
     if as_json:
-        print(document, end="")  # noqa: T201 - rich would wrap it
+        typer.echo(document, nl=False)
     else:
         show(result)
     raise typer.Exit(result.exit_code)
@@ -130,7 +130,11 @@ def _js2d_line(row: Row) -> str:
     form = next(check.note for check in row.checks if check.metric == "js2d")
     number = f"{int(row.base['tokens']):,} tokens, {js2d.occupied_cells:,} cells"
     interval = _range(js2d.low, js2d.high, ".4f")
-    corrected = f"corrected {js2d.corrected:.4f}" + (f" ({interval})" if interval else ", at least") + f", 40 x 30 {coarse.corrected:.4f}"
+    corrected = (
+        f"corrected {js2d.corrected:.4f}"
+        + (f" ({interval})" if interval else ", at least")
+        + f", of 4 x 4 bins in one {coarse.corrected:.4f}"
+    )
     return f"[dim]{escape(row.pack)}@{row.seq_len}: JS2D raw {js2d.raw:.4f}, {corrected}; {number}; judged: {form}[/]"
 
 

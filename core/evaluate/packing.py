@@ -1,23 +1,22 @@
 """Packs of conversations -> blocks of token ids, with a mask of the tokens that count (spec/metrics.md 1.1 and 1.2).
 
-A pack is a Parquet file with a column `text`, one rendered Harmony conversation a row. Rows are read in the file's order, never
-more than needed, so the same file, tokenizer and sizes give the same blocks; `rows_sha256` proves it.
+A pack is a Parquet file with a column `text`, or JSON Lines with that key, one rendered Harmony conversation a row. Rows are read in the
+file's order, never more than needed, so the same file, tokenizer and sizes give the same blocks; `rows_sha256` proves it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow  # type: ignore[import-untyped]
-import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from softprune.errors import InputError
+from softprune.errors import InputError, shortened
 from softprune.evaluate.harmony import completion_spans
 
 UNION = "UNION"
@@ -82,19 +81,36 @@ def block_hashes(blocks: Blocks) -> list[str]:
     ]
 
 
+def blocks_sha256(blocks: Blocks) -> str:
+    """What identifies all blocks together: SHA-256 over their hashes, in 64 hexadecimal digits."""
+    return hashlib.sha256("".join(block_hashes(blocks)).encode()).hexdigest()
+
+
 def read_rows(path: str | Path, column: str = "text") -> Iterator[str]:
-    """The non-blank texts of a Parquet file, row group by row group.
+    """The non-blank texts of a pack, in its order: of a Parquet file, or of JSON Lines (`.jsonl`: one object a line).
 
     Raises:
-        PackError: no such file, no Parquet, or no such column of texts.
+        PackError: no such file, neither of these, or no such column of texts.
     """
     name = str(path)
     try:
-        file = parquet.ParquetFile(path)
+        for value in (_json_lines if Path(path).suffix == ".jsonl" else _parquet)(path, column):
+            if value is not None and value.strip():
+                yield value
     except OSError as error:
-        raise PackError(name, "", error.strerror or str(error), "a readable Parquet file") from None
+        raise PackError(name, "", error.strerror or str(error), "a readable file") from None
+
+
+def _parquet(path: str | Path, column: str) -> Iterator[str | None]:
+    """Row group by row group."""
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+
+    name = str(path)
+    try:
+        file = parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise PackError(name, "", f"no Parquet ({error})", "a Parquet file") from None
+        raise PackError(name, "", f"no Parquet ({error})", "a Parquet file, or JSON Lines named .jsonl") from None
     with file:
         if column not in file.schema_arrow.names:
             raise PackError(name, column, f"columns {', '.join(file.schema_arrow.names)}", f"a column {column}")
@@ -103,9 +119,20 @@ def read_rows(path: str | Path, column: str = "text") -> Iterator[str]:
             raise PackError(name, column, f"type {kind}", "type string")
         for group in range(file.num_row_groups):
             for text in file.read_row_group(group, columns=[column]).column(0):
-                value = text.as_py()
-                if value is not None and value.strip():
-                    yield value
+                yield text.as_py()
+
+
+def _json_lines(path: str | Path, column: str) -> Iterator[str | None]:
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise PackError(str(path), f"line {number}", f"no JSON ({error})", f'an object such as {{"{column}": "…"}}') from None
+            value = row.get(column) if isinstance(row, dict) else row
+            if not isinstance(row, dict) or column not in row or not isinstance(value, str | None):
+                raise PackError(str(path), f"line {number}.{column}", shortened(value), "a text")
+            yield value
 
 
 def union(packs: Sequence[Iterable[str]]) -> Iterator[str]:
@@ -117,6 +144,16 @@ def union(packs: Sequence[Iterable[str]]) -> Iterator[str]:
                 yield next(pack)
             except StopIteration:
                 open_packs.remove(pack)
+
+
+def shuffled(rows: Iterable[str], seed: int) -> Iterator[str]:
+    """Rows in another order, which the seed and each row's text decide (spec/metrics.md 3.4); holds all of them in memory.
+
+    Args:
+        rows: conversations.
+        seed: of the order; another seed puts other rows into the first blocks.
+    """
+    return iter(sorted(rows, key=lambda text: hashlib.blake2b(f"{seed}\n{text}".encode(errors="ignore"), digest_size=8).digest()))
 
 
 def encode_row(text: str, tokenizer: Any) -> Row:

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from softprune.control import ENGINE_KEY_ENV
+from softprune.errors import InputError
 from softprune.ranking.cli import parameters_of, tag_weights
 from softprune.ranking.registry import CRITERIA
 from softprune.recipe import run as running
@@ -18,6 +20,7 @@ from softprune.recipe.read import read_recipe
 from softprune.recipe.run import Places
 from softprune.report.progress import tensor_progress
 from softprune.selection.select import Protect, Union
+from softprune.server_client import ServerClient
 
 console = Console(highlight=False)
 
@@ -30,17 +33,69 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder to make; e
 
 
 def run_command(
-    recipe: RecipeFile, model: Model = None, stats: Stats = None, ranking: Ranking = None, out: Out = None, variant: Variant = None
+    recipe: RecipeFile,
+    model: Model = None,
+    stats: Stats = None,
+    ranking: Ranking = None,
+    out: Out = None,
+    variant: Variant = None,
+    url: Annotated[str | None, typer.Option(help="Carry the recipe out on this server, which runs with --softprune-stats.")] = None,
+    packs: Annotated[list[Path] | None, typer.Option(metavar="PACK.parquet", help="With --url: collect from it; once for each.")] = None,
+    eval_packs: Annotated[
+        list[Path] | None, typer.Option(metavar="PACK.parquet", help="With --url: judge on it; once for each; else on --packs.")
+    ] = None,
+    seq_lens: Annotated[str | None, typer.Option(metavar="L,L…", help="Of evaluations; else the recipe's, else 1024,2048.")] = None,
+    num_blocks: Annotated[int | None, typer.Option(min=1, help="Of each pack at each length; else the recipe's, else 512.")] = None,
+    collect_seq_len: Annotated[int, typer.Option(min=2, help="Tokens in a block that is collected from.")] = 1024,
+    collect_blocks: Annotated[int | None, typer.Option(min=1, help="Blocks of each pack to collect from; else all that it fills.")] = None,
+    gates: Annotated[str, typer.Option(help="Thresholds: a name or a file.")] = "near-lossless-v1",
+    concurrency: Annotated[int, typer.Option(min=1, help="Blocks at once in evaluations.")] = 8,
+    rewritten_url: Annotated[str | None, typer.Option(help="A server of the rewritten checkpoint; else one is started here.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Which: vllm or sglang; else the one that is installed.")] = None,
+    engine_args: Annotated[str, typer.Option(help="Further arguments of its command line.")] = "",
+    rewrite_anyway: Annotated[bool, typer.Option("--rewrite-anyway", help="Also if the mask does not pass its gate.")] = False,
+    key: Annotated[str | None, typer.Option(help="softprune's key, where it cannot be found.")] = None,
+    engine_key: Annotated[str | None, typer.Option(envvar=ENGINE_KEY_ENV, help="The engine's own API key.")] = None,
 ) -> None:
     """Go from statistics to a verified checkpoint, and say what was there already.
 
     Scores and mask are written beside the checkpoint (OUT.scores.yaml, OUT.mask.json). A lockfile beside the recipe is obeyed; if there is
     none, one is written.
+
+    With --url, statistics are collected through the running server, the mask is put in force there and judged against the server without
+    one, and the rewritten checkpoint is served, judged as well, and its routing collected. A mask that does not PASS is taken back, and
+    nothing is rewritten. Exits as `softprune gate` does.
     """
     read = read_recipe(recipe, variant)
     places = Places.of(read, recipe, model, out, tuple(stats or ()), ranking)
-    with tensor_progress(None, Console(stderr=True)) as progress:
-        running.run(read, places, _tell, progress)
+    errors = Console(stderr=True)
+    if url is None:
+        if packs or eval_packs or rewritten_url:
+            raise InputError("--url", "", "nothing, with options that need it", "a server")
+        with tensor_progress(None, errors) as progress:
+            running.run(read, places, _tell, progress)
+        return
+    from softprune.evaluate import eval_packs as pack_module  # Transformers, which takes a second to import
+    from softprune.evaluate import gates as gates_module
+    from softprune.evaluate.eval_recipe import seq_lens_of
+    from softprune.evaluate.evaluate import EvalSettings
+    from softprune.recipe.live import Live, run_live
+    from softprune.stats.collect_packs import load
+
+    regime = read.eval_regime
+    lengths = seq_lens_of(seq_lens or regime.get("seq_lens_csv") or "1024,2048")
+    sizes = pack_module.Sizes(lengths, num_blocks or regime.get("num_blocks", 512))
+    with errors.status("packs"):
+        calibration = load(packs or [], str(places.model), collect_seq_len, collect_blocks)
+        scored = pack_module.load(eval_packs or packs or [], str(places.model), sizes)
+    client, other = ServerClient(url, key, engine_key=engine_key), None
+    if rewritten_url is not None:
+        other = ServerClient(rewritten_url, key, engine_key=engine_key)
+    settings = EvalSettings(concurrency=concurrency)
+    live = Live(
+        client, calibration, scored, settings, gates_module.read(gates), other, engine, shlex.split(engine_args), rewrite_anyway
+    )  # fmt: skip
+    raise typer.Exit(max(result.exit_code for result in run_live(read, places, live, _tell, errors)))
 
 
 def lock_command(

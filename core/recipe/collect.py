@@ -65,7 +65,7 @@ def collect_from_packs(
     """
     blocks = load(packs, str(model), seq_len, num_blocks)
     if out.is_file():
-        _check_there(out, blocks, mode)
+        check_collected(out, blocks, mode)
         tell(f"collect: skipped, {out} is there and holds these packs")
         return
     name = engine or installed_engine()
@@ -132,7 +132,7 @@ def servable(model: Path) -> Iterator[Path]:
         yield Path(folder) / "bf16"
 
 
-def _check_there(out: Path, blocks: Mapping[str, Blocks], mode: Mode) -> None:
+def check_collected(out: Path, blocks: Mapping[str, Blocks], mode: Mode) -> None:
     """Refuse statistics that were not collected from these packs."""
     header = read_header(out)
     held = {data_set.id: sorted(data_set.hashes) for data_set in header.data_sets}

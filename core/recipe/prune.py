@@ -107,7 +107,7 @@ def collected(
     Raises:
         SoftpruneError: as that, or a method that reads no statistics.
     """
-    from softprune.recipe.collect import collect_from_packs  # pyarrow, without which the rest starts
+    from softprune.recipe.collect import collect_from_packs  # Transformers, which takes a second to import
 
     chosen = criterion(method)
     if stats:

@@ -66,6 +66,13 @@ class Recipe:
         repository = profiling.get("dataset_repo") if isinstance(profiling, dict) else None
         return [repository] if isinstance(repository, str) else []
 
+    @property
+    def eval_regime(self) -> Mapping[str, Any]:
+        """How the recipe's evaluations are made, as far as it says: seq_lens_csv, num_blocks."""
+        evaluation = self.notes.get("evaluation")
+        regime = evaluation.get("canonical_eval_regime") if isinstance(evaluation, dict) else None
+        return regime if isinstance(regime, dict) else {}
+
     def document(self) -> dict[str, Any]:
         """The recipe in the one shape that is written."""
         budget = dict(self.budget)

@@ -74,6 +74,16 @@ class Places:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Model, scores and mask of a recipe, and the lock that pins them; None if there was no lock."""
+
+    model: MaskModel
+    scores: Scores
+    mask: ExpertMask
+    pinned: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a run made, or found made: folder, scores, mask, and lock."""
 
@@ -98,10 +108,25 @@ def run(
         RecipeError: the lockfile beside the recipe does not allow it, or something else has the checkpoint's name.
         SoftpruneError: a step failed; nothing half-written has the checkpoint's name.
     """
+    return make(recipe, places, choose(recipe, places, tell, progress), tell, progress)
+
+
+def choose(
+    recipe: Recipe, places: Places, tell: Tell = lambda text: None, progress: Progress = lambda name, num_bytes: None
+) -> Chosen:  # fmt: skip
+    """The first half of `run`: rank and select, and write scores and mask."""
     model = _model(recipe, places)
     scores, mask = _chosen(recipe, places, model, tell, progress)
     pinned = _pinned(recipe, places, model, scores, mask, tell)
     _write(places, scores, mask, tell)
+    return Chosen(model, scores, mask, pinned)
+
+
+def make(
+    recipe: Recipe, places: Places, chosen: Chosen, tell: Tell = lambda text: None, progress: Progress = lambda name, num_bytes: None
+) -> Outcome:  # fmt: skip
+    """The second half of `run`: rewrite, verify, and lock."""
+    model, scores, mask, pinned = chosen.model, chosen.scores, chosen.mask, chosen.pinned
     if places.out.exists():
         _check_there(recipe, places, model, mask, progress)
         tell(f"rewrite: skipped, {places.out} is there; verified again, byte for byte")

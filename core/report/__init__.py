@@ -1,1 +1,1 @@
-"""What people look at: maps, tables, and later Markdown and HTML."""
+"""What people look at: maps and progress in a terminal, and pages of HTML."""

@@ -128,7 +128,7 @@ def stats_collect(
     Interrupted, the same command goes on where it was. Other requests that the server answers meanwhile are counted as well, under their
     own tags.
     """
-    from softprune.stats.collect import Collection, Options  # pyarrow and Transformers, without which the other commands start
+    from softprune.stats.collect import Collection, Options  # Transformers, which takes a second to import
     from softprune.stats.collect_packs import load
 
     client = ServerClient(url, key, engine_key=engine_key)

@@ -112,6 +112,20 @@ def test_request(engine: str, name: str) -> None:
         static.check_attribute(package, uses.REQUESTS[engine].target, name)
 
 
+@functools.cache
+def constants(engine: str) -> str:
+    """All files that speak of metrics' names, as they are written."""
+    texts = (file.read_text(errors="replace") for _, file in unpacked(engine)[1].files())
+    return "\n".join(text for text in texts if f'"{engine}:' in text)
+
+
+@pytest.mark.parametrize(("engine", "name"), per_engine(uses.METRICS, str))
+def test_metric(engine: str, name: str) -> None:
+    """Prometheus adds _total to a counter's name that does not end so."""
+    if not any(f'"{one}"' in constants(engine) for one in (name, name.removesuffix("_total"))):
+        pytest.fail(f"{unpacked(engine)[0]}: no metric {name}", pytrace=False)
+
+
 @pytest.mark.parametrize("seam", [*sglang_seams.WEIGHT_UPDATES.values(), sglang_seams.BEGIN_WEIGHT_UPDATE], ids=lambda seam: seam.name)
 def test_sglang_weight_update_can_be_answered(seam: Seam) -> None:
     """`sglang_ext.seams.answer_to` finds the answer's class by the request's name."""

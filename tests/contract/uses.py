@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from softprune.bench import engine_metrics
 from softprune.seams import Seam
 from softprune.sglang_ext import proven as sglang_proven
 from softprune.sglang_ext import routers as sglang_routers
@@ -68,6 +69,12 @@ BLOCK_ATTRIBUTES = {
 """What `routers.py` reads in an architecture's MoE block."""
 
 REQUESTS = {"vllm": vllm_seams.REQUEST, "sglang": sglang_seams.REQUEST}
+METRICS = {
+    name.lower(): sorted({names.running, names.waiting, names.preempted, names.witness}) for name, names in engine_metrics.NAMES.items()
+}
+METRICS["vllm"].append(engine_metrics.CACHE_CONFIG)
+"""Prometheus metrics that `bench max-batch` reads."""
+
 REQUEST_FIELDS = {"vllm": list(vllm_seams.REQUEST_FIELDS), "sglang": list(sglang_seams.REQUEST_FIELDS)}
 """What `scheduler.py` reads of an engine's requests."""
 

@@ -19,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from softprune.bench.prompts import Workload
 from softprune.mask import ExpertMask
 from tests.conftest import Evidence, heldout_prompts, random_mask, saved
+from tests.engines.bench_checks import check_comparison, check_largest
 from tests.engines.conftest import Masked
 from tests.engines.harness import API, Live, Stream, VllmServer, scores
 
@@ -243,3 +245,14 @@ def test_too_large_a_body_is_refused_unread(live: Live) -> None:
         connection.sendall(head.encode())
         connection.settimeout(20)
         assert connection.recv(64).startswith(b"HTTP/1.1 413")
+
+
+def test_masks_are_compared(live: Live, models: dict[str, Path]) -> None:
+    check_comparison(live.server, models["gpt-oss"], live.masks[1])
+
+
+def test_the_largest_batch_is_found(live: Live) -> None:
+    """Bounded by --max-num-seqs; and, of long requests, by blocks: the layers' two kinds take 17 and 6 of the 260."""
+    found = check_largest(live.server, Workload(16, 64), 32, "queued: of 33 requests at most 32 ran at once", start=28, most=40)
+    assert found["memory"]["kv_blocks"] == 260
+    check_largest(live.server, Workload(480, 64), 11, "of 12 requests were preempted", start=10, most=12)

@@ -18,9 +18,11 @@ from typing import Any
 
 import pytest
 
+from softprune.bench.prompts import Workload
 from softprune.bench.server import Server
 from softprune.mask import ExpertMask
 from tests.conftest import Evidence, random_mask, random_prompts
+from tests.engines.bench_checks import check_comparison, check_largest
 from tests.engines.harness import API
 from tests.engines.sglang_harness import CHUNK, TOP, Client, Pause, difference, epochs, generation, mixed_then_asked, start
 
@@ -325,6 +327,16 @@ def test_metrics(live: Client, masks: Any) -> None:
     assert float(found['softprune:kept_experts{layer="3"}']) == 9
     assert float(found['softprune:mask_switches_total{result="done"}']) == epoch
     assert float(found["softprune:mask_switch_seconds_count"]) == epoch
+
+
+def test_masks_are_compared(live: Client, models: dict[str, Path], masks: Any) -> None:
+    check_comparison(live.server, models["qwen3-moe"], masks["A"])
+
+
+def test_the_largest_batch_is_found(live: Client) -> None:
+    """As far as was asked for; the metrics are those that SGLang 0.5.17 has once it has served."""
+    found = check_largest(live.server, Workload(64, 16), 4, "--max = 4", start=3, most=4)
+    assert found["memory"]["kv_tokens"] == 16384
 
 
 def test_the_first_server_is_well(live: Client) -> None:

@@ -25,6 +25,8 @@ BATCHES = (1, 8, 32, 64)
 UNPATCHED = ("plain 1", "plain 2")
 RATIOS = {"all": "mask.keep_all_over_unpatched", "keep24": "mask.keep24_over_unmasked", "top2": "top_k.2_over_4"}
 """Server whose speed is divided by the unpatched ones' -> name of the headline. Others are in the raw file only."""
+BESIDE = (("unpatched_tok_s", "unpatched_tok_s", "tok/s"), ("unpatched_boot_2_over_boot_1", "boot_2_over_boot_1", "ratio"))
+"""What else of a batch size is a headline: its name in the table, in the headline, and its unit."""
 DISTURBED, ENOUGH = 0.9, 3
 
 
@@ -55,6 +57,8 @@ def table(decode: dict[str, Any]) -> dict[str, Any]:
             if row not in UNPATCHED and min(len(kept[row]), len(unpatched)) >= ENOUGH
         }
         result[f"bs{batch}"] = {"tok_s": speeds, "ratios": ratios}
+        if len(unpatched) >= ENOUGH:
+            result[f"bs{batch}"]["unpatched_tok_s"] = round(statistics.median(unpatched), 2)
         if all(row in rows for row in UNPATCHED):
             boots = [speeds[row]["median"] for row in UNPATCHED]
             result[f"bs{batch}"]["unpatched_boot_2_over_boot_1"] = round(boots[1] / boots[0], 4)
@@ -82,6 +86,9 @@ def main(engine: str, source: Path) -> None:
             if name not in RATIOS.values():
                 continue
             record(RESULTS / "headline.json", f"{engine}.{name}.{batch}", value, "ratio", raw.name)
+        for name, headline, unit in BESIDE:
+            if not collecting and name in row:
+                record(RESULTS / "headline.json", f"{engine}.mask.{headline}.{batch}", row[name], unit, raw.name)
     print(json.dumps(document["speed"], indent=1))
 
 

@@ -3,7 +3,8 @@
     python -m tests.gpu.stats_figures ENGINE RUN.json [LATER_RUN.json …]
 
 What a later run measured takes the place of an earlier one's; all runs are in the raw file. "off" in a headline's name is an
-unpatched engine. Passes are left out of medians, and ratios of too few passes out of the headlines, as in `tests.gpu.figures`.
+unpatched engine, "idle" one that was started with statistics and collects none, "without" one with softprune but without statistics.
+Passes are left out of medians, and ratios of too few passes out of the headlines, as in `tests.gpu.figures`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from softprune.bench.headline import record
 from tests.gpu.figures import ENOUGH, RESULTS, undisturbed
 
 MEASURED = {"decode": "decode_bs32", "prefill": "prefill_8x8192", "prefill_logprobs": "prefill_8x8192_logprobs"}
-MODES = ("router", "reap", "eaft")
+MODES = {"router": "router", "reap": "reap", "eaft": "eaft", "off": "idle", "without": "without"}
+"""A row of the raw file, and its name in a headline."""
 OTHERS = ("unpatched", "without", "off")
 
 
@@ -44,11 +46,11 @@ def main(engine: str, sources: list[Path]) -> None:
     for run in runs:
         for measured, suffix in MEASURED.items():
             found = run.get(measured, {}).get("ratios", {})
-            for mode in MODES:
+            for mode, name in MODES.items():
                 if f"{mode} / unpatched" in found:
                     record(
                         RESULTS / "headline.json",
-                        f"{engine}.stats.{mode}_over_off.{suffix}",
+                        f"{engine}.stats.{name}_over_off.{suffix}",
                         found[f"{mode} / unpatched"],
                         "ratio",
                         raw.name,

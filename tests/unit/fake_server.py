@@ -1,6 +1,6 @@
 """A server that answers like SGLang's or vLLM's at times that are known beforehand, in a process of its own.
 
-`python -m tests.unit.fake_server` prints its port; `FakeServer` runs that and sets its behaviour over HTTP. Shapes are those of
+`python -m tests.unit.fake_server` prints its ports; `FakeServer` runs that and sets its behaviour over HTTP. Shapes are those of
 SGLang 0.5.17's and vLLM 0.32.0's HTTP servers.
 """
 
@@ -20,6 +20,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.unit.noise import Noise
+
 
 @dataclass(frozen=True)
 class Behaviour:
@@ -35,6 +37,11 @@ class Behaviour:
         text: SGLang with a tokenizer, whose chunks hold text as well as ids.
         cached: prompt tokens said to come from the prefix cache.
         key: of softprune's status; None for a server without softprune.
+        noise: seed of the noise on the speed, which changes from pass to pass; a pass begins when a request finds none running.
+        second: speed of requests to the second port, as a factor.
+        capacity, full: so many requests run at once; what becomes of one more: "queue" (it waits), "preempt" (it runs, and is counted as
+            preempted) or "error" (HTTP 503).
+        metrics: whether there is a /metrics.
     """
 
     engine: str = "sglang"
@@ -47,6 +54,11 @@ class Behaviour:
     text: bool = True
     cached: int = 0
     key: str | None = None
+    noise: int | None = None
+    second: float = 1.0
+    capacity: int = 10_000
+    full: str = "queue"
+    metrics: bool = True
 
 
 SGLANG_INFO = {
@@ -65,18 +77,24 @@ STATUS = {
 class _App:
     def __init__(self) -> None:
         self.behaviour, self.log, self.known, self.served = Behaviour(), [], set(), 0
+        self.second_port, self.factors, self.factor = 0, iter(()), 1.0
+        self.running, self.waiting, self.preempted, self.free = 0, 0, 0, asyncio.Condition()
         self.app = web.Application()
         self.app.add_routes([web.get("/{path:.*}", self.get), web.post("/_behave", self.behave)])
         self.app.add_routes([web.post("/generate", self.generate), web.post("/v1/completions", self.generate)])
 
     async def behave(self, request: web.Request) -> web.Response:
         self.behaviour, self.log, self.served = Behaviour(**await request.json()), [], 0
+        if self.behaviour.noise is not None:
+            self.factors = Noise().factors(self.behaviour.noise)
         return web.json_response({})
 
     async def get(self, request: web.Request) -> web.Response:
         # Remembered to tell whether a later POST came on a connection that was open already.
         self.known.add(request.transport.get_extra_info("peername"))
         path, engine = request.path, self.behaviour.engine
+        if path == "/metrics" and self.behaviour.metrics and engine != "none":
+            return web.Response(text=self.metrics())
         model = {"id": "served-name", "object": "model", "root": "/data/models/gpt-oss-20b", "max_model_len": 4096}
         answers: dict[str, Any] = {"/_log": self.log}
         if engine != "none":
@@ -87,8 +105,43 @@ class _App:
             return web.json_response(STATUS if right else {"error": {}}, status=200 if right else 401)
         return web.json_response(answers[path]) if path in answers else web.json_response({"detail": "Not Found"}, status=404)
 
+    def metrics(self) -> str:
+        """As the engines write them; SGLang shows a counter only once it has counted."""
+        if self.behaviour.engine == "vllm":
+            config = 'vllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1.0'
+            names, label = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:num_preemptions_total"), 'engine="0"'
+        else:
+            config, label = 'sglang:num_retracted_reqs{tp_rank="0"} 0.0', 'tp_rank="0",priority=""'
+            names = ("sglang:num_running_reqs", "sglang:num_queue_reqs", "sglang:num_retracted_requests_total")
+        values = (self.running, self.waiting, self.preempted)
+        shown = [(name, value) for name, value in zip(names, values, strict=True) if value or not name.endswith("requests_total")]
+        return "\n".join([f"# TYPE {names[0]} gauge", config, *(f"{name}{{{label}}} {value}.0" for name, value in shown)]) + "\n"
+
     async def generate(self, request: web.Request) -> web.StreamResponse:
+        """One request, once there is room for it."""
+        if not self.running and self.behaviour.noise is not None:
+            self.factor = next(self.factors)
+        if self.running >= self.behaviour.capacity:
+            if self.behaviour.full == "error":
+                return web.json_response({"error": {"message": "no room"}}, status=503)
+            self.preempted += self.behaviour.full == "preempt"
+            if self.behaviour.full == "queue":
+                self.waiting += 1
+                async with self.free:
+                    await self.free.wait_for(lambda: self.running < self.behaviour.capacity)
+                self.waiting -= 1
+        self.running += 1
+        try:
+            return await self.answer(request)
+        finally:
+            self.running -= 1
+            async with self.free:
+                self.free.notify()
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
         arrived, behaviour = asyncio.get_running_loop().time(), self.behaviour
+        speed = self.factor * (behaviour.second if request.transport.get_extra_info("sockname")[1] == self.second_port else 1.0)
+        behaviour = replace(behaviour, first_s=behaviour.first_s / speed, step_s=behaviour.step_s / speed)
         index, self.served = self.served, self.served + 1
         body = await request.json()
         self.log.append({"path": request.path, "open": request.transport.get_extra_info("peername") in self.known, "body": body})
@@ -168,13 +221,17 @@ def _openai(behaviour: Behaviour, prompt: int, has: int, new: int, total: int) -
 
 
 class FakeServer:
-    """The fake server's process; a context manager."""
+    """The fake server's process; a context manager.
+
+    Attributes:
+        url, second: the same server's two ports.
+    """
 
     def __enter__(self) -> FakeServer:
         root = Path(__file__).parents[2]
         self.process = subprocess.Popen([sys.executable, "-m", __name__], stdout=subprocess.PIPE, text=True, cwd=root)
         assert self.process.stdout
-        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+        self.url, self.second = (f"http://127.0.0.1:{port}" for port in self.process.stdout.readline().split())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -195,11 +252,14 @@ class FakeServer:
 
 
 async def _serve() -> None:
-    runner = web.AppRunner(_App().app, access_log=None)
+    server = _App()
+    runner = web.AppRunner(server.app, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    print(runner.addresses[0][1], flush=True)
+    for _ in range(2):
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+    ports = [address[1] for address in runner.addresses]
+    server.second_port = ports[1]
+    print(*ports, flush=True)
     await asyncio.Event().wait()
 
 

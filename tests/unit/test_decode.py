@@ -255,7 +255,7 @@ def test_settings_are_checked(change: dict[str, Any], message: str) -> None:
 def test_metadata(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a reader needs to repeat it, and nothing of the machine it ran on."""
     monkeypatch.delenv(KEY_ENV, raising=False)
-    monkeypatch.setattr(decode, "_local_gpus", lambda: None)
+    monkeypatch.setattr(decode, "local_gpus", lambda: None)
     server.behave(Behaviour("sglang", **FAST, key="right", cached=3, text=False))
     document = measure(server.url, SMALL, [2], 1, key="right", gpu="Mine", notes={"why": "mask /home/me/keep24.json", "n": "1"})
     assert (document["format"], document["version"], document["error"]) == ("softprune.decode-benchmark", 1, None)

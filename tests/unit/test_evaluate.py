@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from softprune.checkpoint.harmony import tokenizer_files
 from softprune.evaluate.errors import EvaluationError
 from softprune.evaluate.harmony import HarmonyError, Message, completion_spans, parse_messages
-from softprune.evaluate.packing import PackError, encode_row, pack_rows, read_rows, union
+from softprune.evaluate.packing import PackError, encode_row, pack_rows, read_rows, shuffled, union
 from softprune.evaluate.reference import mean_nll, perplexity, score
 
 USER = "<|start|>user<|message|>Add 2 and 3.<|end|>"
@@ -164,6 +164,14 @@ def test_too_few_rows(tokenizer: Any) -> None:
         pack_rows([], tokenizer, 64, None, "rows")
 
 
+def test_a_seed_decides_the_order_whatever_the_order_before() -> None:
+    rows = [f"row {i}" for i in range(50)]
+    found = [list(shuffled(order, seed)) for order in (rows, rows[::-1]) for seed in (0, 1)]
+    assert found[0] == found[2] != rows
+    assert found[1] == found[3] != found[0]
+    assert sorted(found[1]) == sorted(rows)
+
+
 def test_union_takes_turns_and_goes_on_with_the_longer() -> None:
     assert list(union([["a1"], ["b1", "b2", "b3"], [], ["d1", "d2"]])) == ["a1", "b1", "d1", "b2", "d2", "b3"]
     assert list(union([])) == []
@@ -181,6 +189,21 @@ def test_rows_of_a_pack(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_text("no parquet at all")
     with pytest.raises(PackError, match="found no Parquet"):
         list(read_rows(tmp_path / "bad.parquet"))
+
+
+def test_rows_of_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "pack.jsonl"
+    path.write_text('{"text": "a"}\n{"text": null, "number": 2}\n{"text": " "}\n{"text": "b\\n"}\n')
+    assert list(read_rows(path)) == ["a", "b\n"]
+    for line, found in (
+        ("{", "line 5: found no JSON"),
+        ('{"words": 1}', "line 5.text: found None"),
+        ('["text"]', "line 5.text"),
+        ("", "line 5"),
+    ):
+        path.write_text('{"text": "a"}\n' * 4 + line + "\n")
+        with pytest.raises(PackError, match=found):
+            list(read_rows(path))
 
 
 class Bigram(torch.nn.Module):

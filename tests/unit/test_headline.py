@@ -33,6 +33,16 @@ def test_record_and_read(file: Path) -> None:
     assert sorted(path.name for path in file.parent.iterdir()) == ["a.json", "headline.json", "raw"]
 
 
+def test_the_same_figure_keeps_its_date(file: Path) -> None:
+    old = {"value": 3, "unit": "ms", "raw": "a.json", "date": "2025-01-31"}
+    file.write_text(json.dumps({"a.b": old, "c.d": old}))
+    headline.record(file, "a.b", 3, "ms", "a.json")
+    headline.record(file, "c.d", 3, "s", "a.json")
+    figures = headline.read(file)
+    assert figures["a.b"] == old
+    assert figures["c.d"]["date"] > "2025-01-31"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

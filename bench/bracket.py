@@ -1,0 +1,58 @@
+"""Which sizes to try to find the largest that runs: steps that double until one fails, then halves between.
+
+Sizes that are not tried are taken to run if they lie below one that ran; a size that failed below one that ran is remembered, and the
+answer lies below all that failed.
+"""
+
+from __future__ import annotations
+
+
+class Bracket:
+    """A search, told of each try.
+
+    Args:
+        start: the first size.
+        most: no larger size is tried.
+        jump: how far from `start` the second one lies; then twice that from it, and so on.
+        step: the answer may be so much too small, less one.
+    """
+
+    def __init__(self, start: int, most: int, jump: int, step: int = 1) -> None:
+        self.most, self.step = most, step
+        self._size, self._jump = max(1, min(start, most)), max(1, jump)
+        self.passed: set[int] = set()
+        self.failed: set[int] = set()
+
+    @property
+    def low(self) -> int:
+        """The largest size that ran, below all that failed; 0 for none."""
+        return max((size for size in self.passed if self.high is None or size < self.high), default=0)
+
+    @property
+    def high(self) -> int | None:
+        """The smallest size that failed."""
+        return min(self.failed, default=None)
+
+    @property
+    def not_monotone(self) -> list[int]:
+        """Sizes that failed although they, or larger ones, ran at another time."""
+        return sorted(size for size in self.failed if any(other >= size for other in self.passed))
+
+    def told(self, size: int, ran: bool) -> None:
+        """What came of a size."""
+        (self.passed if ran else self.failed).add(size)
+
+    def next(self) -> int | None:
+        """The next size to try, or None: `low` is the answer."""
+        low, high = self.low, self.high
+        if not self.passed and not self.failed:
+            return self._size
+        if high is None:
+            return None if low >= self.most else self._further(min(self.most, low + self._jump))
+        if low == 0:
+            return None if high == 1 else self._further(max(1, high - self._jump))
+        return None if high - low <= self.step else (low + high) // 2
+
+    def _further(self, size: int) -> int:
+        self._jump *= 2
+        return size

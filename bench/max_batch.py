@@ -1,0 +1,256 @@
+"""The largest batch that a server decodes to the end: all of it at once, nothing preempted, no error.
+
+A size is tried with one pass of `softprune.bench.decode`. That all its requests ran at once is seen in the streams, each of which has its
+first token before any has its last, or in the engine's gauge of running requests, which engines update now and then; of answers so short
+that neither shows it, the size found is too small. Preemptions (vLLM) and retractions (SGLang) are read from the engine's metrics. The size
+that is found has to run again, as often as its throughput is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from softprune.bench import engine_metrics
+from softprune.bench.bracket import Bracket
+from softprune.bench.client import DecodeClient
+from softprune.bench.decode import about, check_sizes, head
+from softprune.bench.errors import BenchmarkError
+from softprune.bench.figures import Repeat, summary
+from softprune.bench.prompts import Api, Workload
+from softprune.errors import InputError
+
+FORMAT, VERSION = "softprune.max-batch", 1
+POLL_SECONDS = 0.1
+IDLE_SECONDS = 60.0
+"""Longest wait for requests of others, or of a pass that was given up."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """One pass, and whether its size ran.
+
+    Attributes:
+        batch: its size.
+        kind: "search", or "repeat" of the size that was found.
+        why: None if it ran; else "error", "preempted" or "queued".
+        preempted: requests that were, by the engine's metrics.
+        max_running: most requests that the engine's gauge showed; engines update it now and then only.
+        together: how many requests ran at once by what the streams show; None without streaming.
+        error: what went wrong.
+        figures: of the pass, without its streams; None after an error, and where a preemption was seen, which ends a pass.
+    """
+
+    batch: int
+    kind: Literal["search", "repeat"]
+    why: str | None
+    preempted: int
+    max_running: int
+    together: int | None
+    error: str | None
+    figures: dict[str, Any] | None
+
+    def record(self) -> dict[str, Any]:
+        """JSON-ready."""
+        record = asdict(self)
+        figures = record.pop("figures") or {}
+        return {**record, "ok": self.why is None, **{name: figures.get(name) for name in ("total_tok_s", "decode_tok_s", "wall_s")}}
+
+    @property
+    def at_once(self) -> int:
+        """How many requests ran at once, as far as is known."""
+        return max(self.max_running, self.together or 0)
+
+
+def max_batch(
+    url: str, workload: Workload, most: int = 1024, start: int | None = None, step: int = 1, repeats: int = 3, stream: bool = True, *,
+    max_running: int | None = None, api: Api | Literal["auto"] = "auto", key: str | None = None, engine_key: str | None = None,
+    gpu: str | None = None, notes: Mapping[str, str] | None = None, stall_seconds: float = 60.0,
+    progress: Callable[[Try, int], None] | None = None, into: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Find the largest batch, and measure it; not for callers inside an event loop.
+
+    Args:
+        url, workload, stream, api, key, engine_key, gpu, notes, stall_seconds: as for `decode.measure`.
+        most: no larger batch is tried.
+        start: the first one; None for what the KV room should hold, or 8 if the engine does not tell it.
+        step: the answer may be so much too small, less one; 1 finds it exactly.
+        repeats: passes of the batch that is found; all have to run.
+        max_running: the engine's own cap on running requests, where it does not tell (vLLM's --max-num-seqs).
+        progress: called with every try, and their number.
+        into: filled with the document while it grows.
+
+    Returns:
+        The raw document, JSON-ready, without host names and paths.
+
+    Raises:
+        InputError: a number out of range.
+        BenchmarkError: the engine has no metrics or other requests run, or the server went away; `partial` holds the document.
+    """
+    check_sizes([most], repeats, 0)
+    for name, found in (("start", start), ("step", step), ("max_running", max_running)):
+        if found is not None and found < 1:
+            raise InputError("benchmark", name, str(found), "at least 1")
+    document = {} if into is None else into
+    document.update(head(FORMAT, VERSION, notes))
+
+    async def run() -> None:
+        async with DecodeClient(url, workload, api, stream, key=key, engine_key=engine_key, stall_seconds=stall_seconds) as client:
+            document.update(await about(client, gpu))
+            trial = _Trial(client)
+            await trial.warm_up()
+            metrics = await engine_metrics.read(client)
+            memory = engine_metrics.memory_of(client.flags, metrics)
+            cap, whose = _cap(client.flags, max_running, most)
+            first, jump = _start(start, memory["kv_tokens"], workload)
+            settings = {**asdict(workload), "stream": stream, "api": client.api, "stall_seconds": stall_seconds, "start": min(first, cap)}
+            settings |= {"max": most, "max_running": max_running, "step": step, "repeats": repeats}
+            document.update(settings=settings, memory=memory, tries=[], max_batch=None, limit=None, next_failed=None)
+            document.update(not_monotone=[], result=None, error=None)
+            bracket = Bracket(first, cap, jump, step)
+            failures: dict[int, Try] = {}
+            passes: list[dict[str, Any]] = []
+
+            async def attempt(size: int, kind: Literal["search", "repeat"]) -> bool:
+                tried = await trial.attempt(size, kind)
+                document["tries"].append(tried.record())
+                bracket.told(size, tried.why is None)
+                if tried.why is not None:
+                    failures[size] = tried
+                elif kind == "repeat":
+                    assert tried.figures is not None
+                    passes.append(tried.figures)
+                if progress:
+                    progress(tried, len(document["tries"]))
+                return tried.why is None
+
+            while True:
+                while (size := bracket.next()) is not None:
+                    await attempt(size, "search")
+                passes.clear()
+                if bracket.low == 0 or all([await attempt(bracket.low, "repeat") for _ in range(repeats) if bracket.low not in failures]):
+                    break
+            document.update(max_batch=bracket.low or None, next_failed=bracket.high, not_monotone=bracket.not_monotone)
+            document["limit"] = whose if bracket.high is None else _reason(failures[bracket.high], client.flags)
+            document["result"] = summary(bracket.low, passes) if passes else None
+
+    try:
+        asyncio.run(run())
+    except BenchmarkError as error:
+        if "tries" in document:
+            document["error"] = str(error)
+            error.partial = document
+        raise
+    return document
+
+
+class _Trial:
+    """Tries sizes on one server."""
+
+    def __init__(self, client: DecodeClient) -> None:
+        self.client, self._number = client, 0
+
+    async def warm_up(self) -> None:
+        """One request, after which the engine has metrics to show."""
+        await self.client.run_batch(1, 0)
+
+    async def attempt(self, size: int, kind: Literal["search", "repeat"]) -> Try:
+        """One pass.
+
+        Raises:
+            BenchmarkError: nothing can be told, since the server went away or others use it.
+        """
+        before = await self._settled()
+        self._number += 1
+        seen: list[int] = [0]
+        tried = asyncio.create_task(self.client.run_batch(size, self._number))
+        watch = asyncio.create_task(self._watch(seen, before.preempted))
+        result, error = None, None
+        try:
+            await asyncio.wait((tried, watch), return_when=asyncio.FIRST_COMPLETED)
+            if not (watch.done() and watch.exception() is None):
+                result = await tried
+        except BenchmarkError as found:
+            error = found
+        finally:
+            tried.cancel()
+            watch.cancel()
+            await asyncio.gather(tried, watch, return_exceptions=True)
+        after = await self._settled()  # raises if the server is gone
+        preempted, together = after.preempted - before.preempted, _together(result) if result and self.client.stream else None
+        why: str | None
+        if error is not None:
+            why = "error"
+        elif preempted:
+            why = "preempted"
+        else:
+            why = "queued" if max(*seen, together or 0) < size else None
+        figures = result.figures() if result else None
+        if figures is not None:
+            del figures["streams"]
+        return Try(size, kind, why, preempted, max(seen), together, None if error is None else str(error), figures)
+
+    async def _settled(self) -> engine_metrics.Load:
+        """The engine's load once nothing runs or waits; those of a pass that failed are given up, which engines take a moment for."""
+        deadline = time.monotonic() + IDLE_SECONDS
+        while True:
+            load = await self._load()
+            if not load.running and not load.waiting:
+                return load
+            if time.monotonic() > deadline:
+                found = f"{load.running} requests running and {load.waiting} waiting, none of them ours"
+                raise BenchmarkError(None, None, None, found, "a server that nobody else uses")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _load(self) -> engine_metrics.Load:
+        return engine_metrics.load_of(await engine_metrics.read(self.client), self.client.engine["name"])
+
+    async def _watch(self, seen: list[int], preempted: int) -> None:
+        """Look at the engine's load until a request is preempted: a pass that has failed need not be waited for."""
+        while True:
+            load = await self._load()
+            seen.append(load.running)
+            if load.preempted > preempted:
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def _together(result: Repeat) -> int:
+    """The largest number of streams between their first and their last token at one time."""
+    marks = [(stream.arrivals[0][0], 1) for stream in result.streams] + [(stream.arrivals[-1][0], -1) for stream in result.streams]
+    most = now = 0
+    for _, change in sorted(marks, key=lambda mark: (mark[0], -mark[1])):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def _cap(flags: Mapping[str, Any], max_running: int | None, most: int) -> tuple[int, str]:
+    """The largest size to try, and what to call it."""
+    each = flags.get("effective_max_running_requests_per_dp") or flags.get("max_running_requests")
+    own = each * (flags.get("dp_size") or 1) if each else None
+    caps = {"--max": most, "--max-running": max_running, "the engine's own max_running_requests": own}
+    known = {name: value for name, value in caps.items() if value is not None}
+    name = min(known, key=lambda cap: known[cap])
+    return known[name], f"{name} = {known[name]}"
+
+
+def _start(start: int | None, kv_tokens: float | None, workload: Workload) -> tuple[int, int]:
+    """The first size, and how far from it the second lies."""
+    if start is not None or not kv_tokens:
+        return start or 8, start or 8
+    guess = max(1, int(kv_tokens) // (workload.prompt_tokens + workload.max_new_tokens))
+    return guess, max(1, guess // 8)
+
+
+def _reason(failed: Try, flags: Mapping[str, Any]) -> str:
+    """Why the size above the answer did not run."""
+    if failed.why == "error":
+        return f"error at {failed.batch}: {failed.error}"
+    if failed.why == "preempted":
+        so_far = "" if failed.figures else " by the time that one was seen"
+        return f"{failed.preempted} of {failed.batch} requests were preempted{so_far}"
+    return f"queued: of {failed.batch} requests at most {failed.at_once} ran at once (KV room, or the engine's cap on running requests)"

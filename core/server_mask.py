@@ -1,0 +1,59 @@
+"""Leaving a server with the mask that it was found with."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from softprune.errors import SoftpruneError
+from softprune.server_client import ServerCallError, ServerClient
+
+
+class Restore:
+    """What `mask_put_back` is to do at the end."""
+
+    wanted = True
+
+    def forget(self) -> None:
+        """Leave the mask that is in force then."""
+        self.wanted = False
+
+
+@contextmanager
+def mask_put_back(control: ServerClient) -> Iterator[Restore]:
+    """Put the mask back that is in force now, whatever ends the block, unless the block says to forget it.
+
+    Raises:
+        ServerCallError: the server cannot be asked; the block was not entered.
+        SoftpruneError: the mask could not be put back; what it was is said.
+    """
+    before = control.mask()
+    restore = Restore()
+    try:
+        yield restore
+    finally:
+        try:
+            if restore.wanted:
+                control.switch(before)
+        except ServerCallError as error:
+            what = "no mask" if before is None else f"mask {before.hash}"
+            raise SoftpruneError(f"{error}\n  NOT PUT BACK: {what} was in force before; apply it again") from error
+
+
+@contextmanager
+def terminated_by_signal() -> Iterator[None]:
+    """Within the block, SIGTERM ends the process as Ctrl-C does: what has to be put back is put back first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

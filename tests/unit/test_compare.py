@@ -1,0 +1,237 @@
+"""A comparison measures in turns, says what was in force, and leaves a server as it found it, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from softprune.bench.compare import Masks, Urls, compare
+from softprune.bench.decode import BenchmarkError, Step
+from softprune.bench.errors import HttpStatusError
+from softprune.bench.prompts import Workload
+from softprune.cli import app
+from softprune.control import KEY_ENV
+from softprune.errors import InputError, SoftpruneError
+from softprune.mask import ExpertMask
+from softprune.server_client import ServerCallError, ServerClient
+from tests.unit.fake_control import REFUSED, FakeControl, FakeEngine, ServedFake, make_launch, make_mask
+from tests.unit.fake_server import Behaviour, FakeServer
+
+SMALL = Workload(prompt_tokens=8, max_new_tokens=6)
+FAST = {"first_s": 0.02, "step_s": 0.005}
+OPTIONS: dict[str, Any] = {"api": "openai", "key": "right"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as fake:
+        yield fake
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[ServedFake]:
+    """A server of three layers with 8 experts, and a mask in force."""
+    monkeypatch.setenv(KEY_ENV, "right")
+    with ServedFake(FakeControl(FakeEngine(launch=make_launch(debug_routes=True)))) as fake:
+        fake.engine.step_s = (0.002, 0.001)
+        ServerClient(fake.url).put_mask(mask_of(3, fake))
+        fake.api.asked.clear()
+        yield fake
+
+
+def mask_of(keep: int, fake: ServedFake) -> ExpertMask:
+    return make_mask([list(range(keep))] * 3, fake.engine.ranks[0])
+
+
+def masks(fake: ServedFake) -> Masks:
+    return Masks(fake.url, None, mask_of(4, fake), ("none", "keep4.json"))
+
+
+def test_two_servers_in_turns(server: FakeServer) -> None:
+    """Every pass has prompts of its own; the document is what its description says."""
+    server.behave(Behaviour("vllm", 0.02, 0.015, second=1.5))
+    steps: list[tuple[str, Step]] = []
+    document = compare(
+        Urls(server.url, server.second), SMALL, [1, 3], repeats=3, warmup=1, gpu="Mine", progress=lambda *step: steps.append(step)
+    )
+    assert (document["format"], document["version"], document["error"]) == ("softprune.decode-comparison", 1, None)
+    assert [(name, step.result.batch, step.result.repeat) for name, step in steps] == [
+        (letter, batch, place) for batch in (1, 3) for place, letter in enumerate("ababbaab", -1)
+    ]
+    assert [step.done for _, step in steps] == list(range(1, 17))
+    assert {step.total for _, step in steps} == {16}
+    prompts = [tuple(request["body"]["prompt"]) for request in server.log()]
+    assert len(prompts) == len(set(prompts)) == 8 * 1 + 8 * 3
+    assert set(document["sides"]) == {"a", "b"}
+    assert document["sides"]["a"]["engine"] == {"name": "vLLM", "version": "0.32.0"}
+    assert (document["settings"]["way"], document["settings"]["api"], document["bandwidth"]) == ("urls", "openai", None)
+    for row in document["results"]:
+        assert row["order"] == "ABBAAB"
+        assert [one["repeat"] for one in row["a"]["repeats"]] == [1, 4, 5]
+        assert [one["repeat"] for one in row["b"]["repeats"]] == [2, 3, 6]
+        for figure in ("decode_tok_s", "total_tok_s"):
+            a, b = ([one[figure] for one in row[side]["repeats"]] for side in "ab")
+            assert row["ratio"][figure]["pairs"] == [second / first for first, second in zip(a, b, strict=True)]
+        assert row["ratio"]["decode_tok_s"]["median"] > 1.1
+        assert (row["figure"], row["roofline"]) == ("decode_tok_s", None)
+        assert row["says"].startswith("B is ") or row["says"].startswith("no difference")
+    assert json.loads(json.dumps(document))["results"] == document["results"]
+
+
+def test_without_streaming(server: FakeServer) -> None:
+    server.behave(Behaviour("sglang", **FAST))
+    row = compare(Urls(server.url, server.second), SMALL, [2], 1, 0, stream=False)["results"][0]
+    assert (row["figure"], row["ratio"]["decode_tok_s"], row["ratio"]["total_tok_s"]["verdict"]) == ("total_tok_s", None, "too few pairs")
+
+
+def test_masks_are_switched_and_put_back(live: ServedFake) -> None:
+    live.engine.step_s = (0.02, 0.01)
+    before = live.api.in_force
+    sides = masks(live)
+    document = compare(sides, SMALL, [1, 2], repeats=4, warmup=1, **OPTIONS)
+    a, b = (document["sides"][name]["softprune"] for name in "ab")
+    assert sides.b is not None
+    assert (a["mask_hash"], a["num_kept"]) == (None, None)
+    assert (b["mask_hash"], b["num_kept"]) == (sides.b.hash, [4, 4, 4])
+    assert [document["sides"][name]["name"] for name in "ab"] == ["none", "keep4.json"]
+    assert before is not None
+    assert live.api.in_force is not None
+    assert live.api.in_force.hash == before.hash
+    # Looked at A and B; then AB|ABBAABBA twice, each switch only where the side changes; then put back.
+    letters = "AB" + "ABABBAABBA" * 2
+    changes = [letter for letter, last in zip(letters, " " + letters, strict=False) if letter != last]
+    found = ["A" if text is None else "B" for text, _ in live.api.asked]
+    assert found == [*changes, "B"]
+    assert document["results"][0]["ratio"]["decode_tok_s"]["median"] > 1.2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit(3), BenchmarkError(None, None, None, "a fault", "none")])
+def test_the_mask_is_put_back_whatever_happens(live: ServedFake, error: BaseException | type[BaseException]) -> None:
+    before, document = live.api.in_force, {}
+
+    def stop(name: str, step: Step) -> None:
+        if step.done == 5:
+            raise error
+
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        compare(masks(live), SMALL, [1], repeats=4, warmup=1, progress=stop, into=document, **OPTIONS)
+    assert before is not None
+    assert live.api.in_force is not None
+    assert live.api.in_force.hash == before.hash
+    assert document["error"]
+    assert document["results"][0]["order"] == "ABB"
+    assert [len(document["results"][0][side]["repeats"]) for side in "ab"] == [1, 2]  # the pass without its pair is kept
+    assert len(document["results"][0]["ratio"]["total_tok_s"]["pairs"]) == 1
+
+
+def test_a_pass_that_fails_keeps_what_was_measured(server: FakeServer) -> None:
+    server.behave(Behaviour("vllm", **FAST, fault="500", faulty=4))
+    with pytest.raises(HttpStatusError, match="batch 1, repeat 3, stream 0") as caught:
+        compare(Urls(server.url, server.second), SMALL, [1], repeats=2)
+    assert caught.value.partial is not None
+    assert caught.value.partial["error"] == str(caught.value)
+    assert caught.value.partial["results"][0]["order"] == "AB"
+
+
+def test_a_signal_puts_the_mask_back(live: ServedFake, tmp_path: Path) -> None:
+    """As `timeout` sends it, and Ctrl-C; and what was measured is written."""
+    live.engine.step_s = (0.01, 0.01)
+    before, mask, out = live.api.in_force, tmp_path / "b.json", tmp_path / "out.json"
+    mask.write_text(mask_of(4, live).dump())
+    start = [sys.executable, "-c", "from softprune.cli import app; app()"]
+    command = [*start, "bench", "compare", "--url", live.url, "--mask-a", "none", "--mask-b", str(mask), "--api", "openai", "--batch", "1"]
+    command += ["--prompt-tokens", "8", "--max-new-tokens", "8", "--repeats", "500", "-o", str(out)]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        live.api.asked.clear()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, KEY_ENV: "right"})
+        deadline = time.monotonic() + 60
+        while len(live.api.asked) < 6 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        output = process.communicate(timeout=30)
+        assert process.returncode not in (0, -number), output
+        assert live.api.in_force is not None
+        assert before is not None
+        assert live.api.in_force.hash == before.hash
+        assert "interrupted after" in json.loads(out.read_text())["error"]
+
+
+def test_a_mask_that_cannot_be_put_back_is_named(live: ServedFake) -> None:
+    before = live.api.in_force
+
+    def stop(name: str, step: Step) -> None:
+        live.api.switches = [REFUSED]
+        raise KeyboardInterrupt
+
+    with pytest.raises(SoftpruneError) as caught:
+        compare(masks(live), SMALL, [1], progress=stop, **OPTIONS)
+    assert before is not None
+    assert f"NOT PUT BACK: mask {before.hash} was in force before" in str(caught.value)
+
+
+def test_nobody_else_may_switch(live: ServedFake) -> None:
+    def meddle(name: str, step: Step) -> None:
+        if step.done == 4:  # the next pass is B's, which is in force already
+            ServerClient(live.url).delete_mask()
+
+    with pytest.raises(BenchmarkError, match="someone else switched the mask during the pass"):
+        compare(masks(live), SMALL, [1], progress=meddle, **OPTIONS)
+
+
+def test_refusals_before_anything_is_measured(server: FakeServer, live: ServedFake) -> None:
+    server.behave(Behaviour("vllm", **FAST))
+    foreign = Masks(server.url, None, mask_of(4, live))
+    with pytest.raises(ServerCallError, match="started with --softprune-control"):
+        compare(foreign, SMALL, [1])
+    assert not server.log()
+    live.api.switches = [None, REFUSED]
+    with pytest.raises(ServerCallError, match="409 refused: not now"):
+        compare(masks(live), SMALL, [1], **OPTIONS)
+    assert "/v1/completions" not in live.engine.seen
+    with pytest.raises(InputError, match="repeats: found 0"):
+        compare(masks(live), SMALL, [1], repeats=0)
+
+
+def cli(*arguments: object) -> tuple[int, str]:
+    result = CliRunner(env={"COLUMNS": "140"}).invoke(app, [str(argument) for argument in ("bench", "compare", *arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+SIZES = ("--prompt-tokens", 8, "--max-new-tokens", 6, "--batch", "1,3")
+
+
+def test_cli(server: FakeServer, tmp_path: Path) -> None:
+    server.behave(Behaviour("sglang", **FAST, second=1.5))
+    out = tmp_path / "out.json"
+    code, output = cli("--url-a", server.url, "--url-b", server.second, *SIZES, "--repeats", 3, "--note", "why=test", "-o", out)
+    assert code == 0, output
+    document = json.loads(out.read_text())
+    assert document["notes"] == {"why": "test"}
+    for row in document["results"]:
+        assert f"batch {row['batch']}: {row['says']}" in output
+        assert f"{row['ratio']['decode_tok_s']['median']:.3f}" in output
+    assert "gpt-oss-20b on SGLang 0.5.17" in output
+    assert "prefix cache" not in output
+
+
+def test_cli_asks_for_one_way(server: FakeServer, live: ServedFake, tmp_path: Path) -> None:
+    out = ("-o", tmp_path / "out.json")
+    for options in ((), ("--url", live.url), ("--url-a", server.url), ("--url", live.url, "--mask-a", "none", "--url-b", server.url)):
+        code, output = cli(*options, *out)
+        assert (code, "give either --url, --mask-a and --mask-b" in output) == (2, True), output
+    code, output = cli("--url-a", server.url, "--url-b", server.second, "--bandwidth", 10, *out)
+    assert (code, "a roofline needs --model" in output) == (2, True), output
+    code, output = cli("--url", live.url, "--mask-a", "none", "--mask-b", tmp_path / "missing.json", *out)
+    assert (code, "missing.json" in output) == (2, True), output
