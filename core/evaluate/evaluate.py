@@ -68,8 +68,9 @@ class Evaluating:
     ) -> None:
         self._packs, self._out, self._settings = packs, out, settings
         self._served = ask_served(client)
-        check_context(self._served, client.url, max(one.ids.shape[1] for pack in packs.cells.values() for one in pack.values()))
-        if (warning := check_tokenizer(client, self._served, *packs.sample, packs.vocabulary)) is not None:
+        every = [blocks.ids for by_length in packs.cells.values() for blocks in by_length.values()]
+        check_context(self._served, client.url, max(ids.shape[1] for ids in every))
+        if (warning := check_tokenizer(client, self._served, *packs.sample, max(int(ids.max()) for ids in every))) is not None:
             tell(f"warning: {warning}")
         self._scorer = PromptScorer(client, self._served, settings.metrics.entropy_topk)
         # A block that two cells share, as UNION and its only pack do, is scored once.

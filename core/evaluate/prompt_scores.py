@@ -111,7 +111,9 @@ class PromptScorer:
             hint = "the packs' tokenizer has ids that the model has not"
         else:
             return error
-        return ServerCallError(error.url, error.status, error.kind, f"{error.message} ({hint})", error.detail)
+        # SGLang lists every id.
+        said = error.message if len(error.message) < 200 else f"{error.message[:80]} … {error.message[-80:]}"
+        return ServerCallError(error.url, error.status, error.kind, f"{said} ({hint})", error.detail)
 
 
 def request_of(served: Served, ids: Sequence[int], top: int) -> tuple[str, dict[str, Any]]:

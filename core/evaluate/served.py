@@ -116,13 +116,13 @@ def check_context(served: Served, url: str, length: int) -> None:
         raise ServerCallError(url, 200, "", found)
 
 
-def check_tokenizer(client: ServerClient, served: Served, text: str, ids: Sequence[int], vocabulary: int) -> str | None:
+def check_tokenizer(client: ServerClient, served: Served, text: str, ids: Sequence[int], largest: int) -> str | None:
     """Have the server tokenise a text, and compare.
 
     Args:
         client, served: the server.
         text, ids: of the packs, and as their tokenizer cuts it.
-        vocabulary: tokens that it knows.
+        largest: id in the packs' blocks.
 
     Returns:
         A warning if the server does not tokenise.
@@ -131,7 +131,7 @@ def check_tokenizer(client: ServerClient, served: Served, text: str, ids: Sequen
         InputError: the tokenizers differ, or ids are beyond the vocabulary of a checkpoint that lies on this machine.
         ServerCallError: no answer, or none about a text.
     """
-    _check_vocabulary(served, vocabulary)
+    _check_vocabulary(served, largest)
     try:
         answer = client.post("/tokenize", {"model": served.model, "prompt": text, "add_special_tokens": False})
     except ServerCallError as error:
@@ -153,10 +153,11 @@ def _ids(ids: list[int], at: int) -> str:
     return ", ".join(map(str, ids[at : at + 3])) or "none"
 
 
-def _check_vocabulary(served: Served, vocabulary: int) -> None:
+def _check_vocabulary(served: Served, largest: int) -> None:
+    """Before anything is sent: vLLM without a tokenizer does not look, and its engine dies of it."""
     folder = Path(served.path)
     if not (folder / "config.json").is_file():
         return
     size = read_config(folder).get("vocab_size")
-    if isinstance(size, int) and vocabulary > size:
-        raise InputError("--tokenizer", "", f"{vocabulary} tokens", f"at most {size}, the vocabulary of {served.path}")
+    if isinstance(size, int) and largest >= size:
+        raise InputError("--tokenizer", "", f"token {largest}", f"ids below {size}, the vocabulary of {served.path}")
