@@ -46,7 +46,7 @@ class Matrix:
         self.launcher, self.phases, self.work, self.store, self.budget = launcher, phases, work, store, budget
         known = {row.name for phase in phases for row in phase.rows}
         if unknown := sorted(set(only or ()) - known):
-            raise InputError("--only", "", ", ".join(unknown), f"rows of the plan: {', '.join(sorted(known))}")
+            raise InputError("--only", "", ", ".join(unknown), "rows of the plan, which `plan` prints")
         self.only = known if only is None else set(only)
         self._warm: set[tuple[int, int]] = set()
         self._masks: dict[int, int | None] = {}
