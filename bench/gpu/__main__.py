@@ -26,8 +26,11 @@ from softprune.bench.gpu.launchers import LAUNCHERS, Launcher, VllmCpu
 from softprune.bench.gpu.matrix import Matrix
 from softprune.bench.gpu.plan import PLANS
 from softprune.bench.gpu.session import Budget, Store
+from softprune.errors import SoftpruneError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="The benchmark matrices on a GPU host, unattended.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The benchmark matrices on a GPU host, unattended."
+)
 Work = Annotated[Path, typer.Argument(metavar="WORK_DIR", help="Folder for checkpoints, masks and logs.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for raw files, one a row.")]
 Limit = Annotated[float, typer.Option("--limit-s", help="Seconds that the run may take, preparation and ending of servers included.")]
@@ -111,8 +114,13 @@ def _opened(out: Path, resume: bool) -> Store:
 
 
 def _said(left: dict[str, float], out: Path) -> None:
-    typer.echo(f"rows in {out}; left: {', '.join(left) or 'none'} (about {sum(left.values()):.0f} s and boots)")
+    names = list(left)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    typer.echo(f"rows in {out}; left: {', '.join(names[:8]) or 'none'}{more} (about {sum(left.values()):.0f} s and boots)")
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except SoftpruneError as error:
+        sys.exit(f"error: {error}")

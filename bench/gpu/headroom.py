@@ -76,7 +76,7 @@ class Headroom:
         self.launcher, self.shape, self.work, self.store, self.budget = launcher, shape, work, store, budget
         known = self.rows
         if unknown := sorted(set(only or ()) - set(known)):
-            raise InputError("--only", "", ", ".join(unknown), f"rows of the plan: {', '.join(known)}")
+            raise InputError("--only", "", ", ".join(unknown), "rows of the plan, which `plan` prints")
         self.only = set(known) if only is None else set(only)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from softprune.bench.decode import Workload, measure
+from softprune.bench.decode import Workload, local_gpus, measure
 from softprune.bench.gpu.launchers import Launcher
 from softprune.bench.gpu.plan import VARIANTS, Phase, Row
 from softprune.bench.gpu.prepare import masks_for, prepare, prepare_seconds
@@ -46,7 +46,7 @@ class Matrix:
         self.launcher, self.phases, self.work, self.store, self.budget = launcher, phases, work, store, budget
         known = {row.name for phase in phases for row in phase.rows}
         if unknown := sorted(set(only or ()) - known):
-            raise InputError("--only", "", ", ".join(unknown), f"rows of the plan: {', '.join(sorted(known))}")
+            raise InputError("--only", "", ", ".join(unknown), "rows of the plan, which `plan` prints")
         self.only = known if only is None else set(only)
         self._warm: set[tuple[int, int]] = set()
         self._masks: dict[int, int | None] = {}
@@ -112,7 +112,8 @@ class Matrix:
         document = self._send(row, server, Workload(row.prompt_tokens, row.max_new_tokens, seed, self.launcher.token_ids), notes)
         self._check_served(row, document)
         check_cache(row, document)
-        self.store.keep(row.name, document)
+        # An unpatched server does not say what it runs on, and a patched one may call it otherwise.
+        self.store.keep(row.name, {**document, "gpu": local_gpus() or "CPU"})
         self.budget.took(row.seconds, time.monotonic() - began)
         result = document["results"][0]
         speed = (result["decode_tok_s"] or result["total_tok_s"])["median"]

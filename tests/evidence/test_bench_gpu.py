@@ -75,7 +75,7 @@ def test_from_a_kill_to_the_figures(tmp_path: Path, evidence: Evidence) -> None:
     for row, document in zip(few, documents, strict=True):
         served, keep = document["softprune"], VARIANTS[row.variant].keep
         assert (served is None) == (not VARIANTS[row.variant].server.is_patched)
-        assert served is None or served["num_kept"] == [keep or 32] * 4
+        assert served is None or served["num_kept"] == (None if keep is None else [keep] * 4)
         (request, _) = document["results"][0]["repeats"][0]["streams"]
         assert (request["prompt_tokens"], request["completion_tokens"]) == (32, 24)
     results = tmp_path / "results"
@@ -92,6 +92,7 @@ def test_from_a_kill_to_the_figures(tmp_path: Path, evidence: Evidence) -> None:
     ratios = {
         f"{one['b']} / {one['a']}": one["ratio"]["pairs"] for one in json.loads((results / "vllm_decode_gpu.json").read_text())["compared"]
     }
+    assert set(ratios) == {"keep24 / keep24_rewritten", "keep24 / unmasked", "keep24_rewritten / unmasked"}
     # The round that the kill fell into was measured by two boots; its rows are compared only where one boot had both.
     assert all(2 <= len(pairs) <= 3 for pairs in ratios.values())
     evidence("bench.gpu.tiny", {"rows_before_the_kill": len(before), "rows": len(few), "ratios": ratios})
