@@ -34,12 +34,13 @@ def mask_put_back(control: ServerClient) -> Iterator[Restore]:
     try:
         yield restore
     finally:
-        try:
-            if restore.wanted:
-                control.switch(before)
-        except ServerCallError as error:
+        if restore.wanted:
             what = "no mask" if before is None else f"mask {before.hash}"
-            raise SoftpruneError(f"{error}\n  NOT PUT BACK: {what} was in force before; apply it again") from error
+            try:
+                control.switch(before)
+            except (ServerCallError, KeyboardInterrupt, SystemExit) as error:
+                why = error if isinstance(error, ServerCallError) else f"{control.url}: interrupted while it was asked"
+                raise SoftpruneError(f"{why}\n  NOT PUT BACK: {what} was in force before; apply it again") from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from rich.console import Console
 from softprune.bench.server import Server, free_port, vllm_command
 from softprune.checkpoint.dequantize import dequantize_checkpoint
 from softprune.checkpoint.families import family_of, read_config
+from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.evaluate.packing import Blocks, block_hashes
 from softprune.recipe.errors import RecipeError
 from softprune.report.progress import count_progress
@@ -65,7 +66,7 @@ def collect_from_packs(
     """
     blocks = load(packs, str(model), seq_len, num_blocks)
     if out.is_file():
-        check_collected(out, blocks, mode)
+        check_collected(out, blocks, mode, fingerprint_of_checkpoint(model))
         tell(f"collect: skipped, {out} is there and holds these packs")
         return
     name = engine or installed_engine()
@@ -132,9 +133,12 @@ def servable(model: Path) -> Iterator[Path]:
         yield Path(folder) / "bf16"
 
 
-def check_collected(out: Path, blocks: Mapping[str, Blocks], mode: Mode) -> None:
-    """Refuse statistics that were not collected from these packs."""
+def check_collected(out: Path, blocks: Mapping[str, Blocks], mode: Mode, fingerprint: str) -> None:
+    """Refuse statistics that were not collected from these packs, or not through this model's unpruned routers."""
     header = read_header(out)
+    for field, there, expected in (("model.fingerprint", header.model.fingerprint, fingerprint), ("mask", header.mask, None)):
+        if there != expected:
+            raise StatisticsError(str(out), field, str(there), f"{expected}, or no such file")
     held = {data_set.id: sorted(data_set.hashes) for data_set in header.data_sets}
     wanted = {tag: sorted(f"sha256:{digest}" for digest in block_hashes(one)) for tag, one in blocks.items()}
     if held != wanted or mode not in header.modes:

@@ -68,7 +68,8 @@ class Live:
 def run_live(recipe: Recipe, places: Places, live: Live, tell: Tell, console: Console) -> list[GateResult]:
     """Collect, rank, select, put the mask in force, gate, rewrite, verify, gate the checkpoint, and collect its router statistics.
 
-    The mask stays in force if it passes; else, and after any error, the one before is put back.
+    The mask stays in force if it passes, whatever becomes of the checkpoint; else, and after an error until then, the one before is put
+    back.
 
     Args:
         recipe, places: as `softprune.recipe.run.run` takes them.
@@ -83,7 +84,12 @@ def run_live(recipe: Recipe, places: Places, live: Live, tell: Tell, console: Co
         SoftpruneError: a step failed.
     """
     places.out.parent.mkdir(parents=True, exist_ok=True)
-    with terminated_by_signal(), mask_put_back(live.client) as restore:
+    with terminated_by_signal():
+        return _run_live(recipe, places, live, tell, console)
+
+
+def _run_live(recipe: Recipe, places: Places, live: Live, tell: Tell, console: Console) -> list[GateResult]:
+    with mask_put_back(live.client) as restore:
         live.client.switch(None)
         places = replace(places, statistics=places.statistics or _collected(recipe, places, live, tell, console))
         with tensor_progress(None, console) as progress:
@@ -118,7 +124,7 @@ def _collected(recipe: Recipe, places: Places, live: Live, tell: Tell, console: 
 
 def _collect(client: ServerClient, blocks: dict[str, Blocks], path: Path, mode: Mode, tell: Tell, console: Console) -> None:
     if path.is_file():
-        check_collected(path, blocks, mode)
+        check_collected(path, blocks, mode, client.status()["fingerprint"])
         tell(f"collect: skipped, {path} is there and holds these packs")
         return
     collection = Collection(client, blocks, path, Options(mode, None if mode == "router" else 1))

@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import yaml
 
+from softprune.errors import shortened
+from softprune.recipe.errors import RecipeError
 from softprune.selection.select import Protect, Union
 
 KIND: Final = "reap_recipe"
@@ -68,10 +70,20 @@ class Recipe:
 
     @property
     def eval_regime(self) -> Mapping[str, Any]:
-        """How the recipe's evaluations are made, as far as it says: seq_lens_csv, num_blocks."""
+        """How the recipe's evaluations are made, as far as it says: seq_lens_csv (text), num_blocks (whole number).
+
+        Raises:
+            RecipeError: one of them is something else.
+        """
         evaluation = self.notes.get("evaluation")
         regime = evaluation.get("canonical_eval_regime") if isinstance(evaluation, dict) else None
-        return regime if isinstance(regime, dict) else {}
+        given = {name: value for name, value in (regime if isinstance(regime, dict) else {}).items() if value is not None}
+        if isinstance(lengths := given.get("seq_lens_csv"), int) and not isinstance(lengths, bool):
+            given["seq_lens_csv"] = str(lengths)
+        for name, kind, expected in (("seq_lens_csv", str, "lengths with commas, e.g. 1024,2048"), ("num_blocks", int, "a whole number")):
+            if name in given and (not isinstance(given[name], kind) or isinstance(given[name], bool)):
+                raise RecipeError(self.name or "recipe", f"evaluation.canonical_eval_regime.{name}", shortened(given[name]), expected)
+        return given
 
     def document(self) -> dict[str, Any]:
         """The recipe in the one shape that is written."""

@@ -117,7 +117,15 @@ def of_masks(masks: Sequence[tuple[str, ExpertMask]]) -> list[Cell]:
     return _distinct(found)
 
 
+_TAKEN = {"base", "unmasked", "sweep", "masks"}
+"""Names of a sweep's own files and lines."""
+_ENDINGS = (".gate", ".decode")
+
+
 def _distinct(cells: list[Cell]) -> list[Cell]:
+    for cell in cells:
+        if cell.name in _TAKEN or cell.name.endswith(_ENDINGS):
+            raise InputError("sweep", "label", repr(cell.label), f"a name other than {', '.join(sorted(_TAKEN))}, *.gate and *.decode")
     for kind, names in (("label", [cell.label for cell in cells]), ("file name", [cell.name for cell in cells])):
         for name in names:
             if names.count(name) > 1:

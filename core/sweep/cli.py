@@ -92,14 +92,17 @@ def _cells(
     from softprune.mask import load
     from softprune.ranking import scores_file
     from softprune.ranking.cli import tag_weights
+    from softprune.selection.select import Protect
     from softprune.sweep.cells import of_files, of_masks, of_rankings, of_statistics
 
     if masks:
-        if scores or stats or keep:
-            raise InputError("--masks", "", "--scores, --stats or --keep as well", "one of the two ways")
+        if scores or stats or keep or methods or grid or tags or random_seeds or protect != Protect():
+            raise InputError("--masks", "", "options that choose experts as well", "one of the two ways")
         return of_masks([(file.stem, load(file)) for file in masks])
-    if keep is None or not (scores or (stats and methods)):
+    if keep is None or not (scores or stats):
         raise InputError("sweep", "", "no masks", "--masks, or --keep with --scores or with --stats and --method")
+    if bool(stats) != bool(methods) or (not stats and (grid or tags)):
+        raise InputError("--stats", "", "without --method, or --method, --grid or --tag without it", "--stats and --method together")
     values = {name: [_value(one) for one in texts.split(",")] for name, _, texts in (text.partition("=") for text in grid)}
     rankings = of_files([scores_file.read(file) for file in scores])
     if stats:

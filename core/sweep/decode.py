@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from softprune.bench.compare import Masks, Urls, compare
+from softprune.bench.compare import FORMAT, Masks, Urls, compare
 from softprune.bench.prompts import Workload
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerClient
@@ -25,6 +25,19 @@ class Decode:
     prompt_tokens: int = 64
     max_new_tokens: int = 128
     repeats: int = 3
+
+
+def is_of(document: Any, decode: Decode, mask: ExpertMask | None, label: str) -> bool:
+    """Whether a document that lies there is what `decode_beside` would measure, on whatever device."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("error") or not document.get("results"):
+        return False
+    asked, side = document.get("settings") or {}, (document.get("sides") or {}).get("b") or {}
+    wanted = {
+        "batches": [decode.batch], "prompt_tokens": decode.prompt_tokens, "max_new_tokens": decode.max_new_tokens, "repeats": decode.repeats,
+    }  # fmt: skip
+    served = side.get("softprune") or {}
+    same = {name: asked.get(name) for name in wanted} == wanted
+    return same and side.get("name") == label and served.get("mask_hash") == (None if mask is None else mask.hash)
 
 
 def decode_beside(base: ServerClient, server: ServerClient, mask: ExpertMask | None, label: str, decode: Decode) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from softprune.evaluate.evaluation import Evaluation
 from softprune.evaluate.gates import Gates
 from softprune.evaluate.pair import compare
 from softprune.files import write_whole
-from softprune.mask import ExpertMask
+from softprune.mask import ExpertMask, read_json
 from softprune.server_client import ServerClient
 from softprune.server_mask import mask_put_back, terminated_by_signal
 from softprune.sweep.cells import Cell
-from softprune.sweep.decode import Decode, decode_beside
+from softprune.sweep.decode import Decode, decode_beside, is_of
 from softprune.sweep.errors import SweepError
 from softprune.sweep.pareto import pareto_front
 
@@ -63,6 +63,11 @@ class _Job:
     @property
     def mask(self) -> ExpertMask | None:
         return None if self.cell is None else self.cell.mask
+
+    @property
+    def is_base(self) -> bool:
+        """Whether others are judged against it."""
+        return self.cell is None and self.server == 0
 
 
 class Sweep:
@@ -129,7 +134,7 @@ class Sweep:
                     after.enter_context(mask_put_back(client))
                 for job in self._jobs:
                     found = self._evaluated(job)
-                    if job.label == BASE:
+                    if job.is_base:
                         bases[job.seed] = found
                     else:
                         entries.append(self._entry(job, bases[job.seed], found))
@@ -195,10 +200,17 @@ class Sweep:
         if self._settings.decode is None or job.seed != first:
             return None
         path = self._out / f"{job.name}.decode.json"
-        if not path.exists():
+        found = None
+        if path.exists():
+            found = read_json(path)
+            if not is_of(found, self._settings.decode, job.mask, job.label):
+                raise SweepError(
+                    str(path), "", "decoding measured otherwise", "the same mask, batch, lengths and repeats, or another --out"
+                )
+        if found is None:
             found = decode_beside(self._clients[0], self._clients[job.server], job.mask, job.label, self._settings.decode)
             write_whole(path, json.dumps(found) + "\n")
-        row = json.loads(path.read_text())["results"][0]
+        row = found["results"][0]
         figure = row["figure"]
         ratio = row["ratio"][figure]
         return {
@@ -216,7 +228,7 @@ class Sweep:
         }  # fmt: skip
 
     def _base_name(self, seed: int | None) -> str:
-        return next(f"{job.name}.json" for job in self._jobs if job.label == BASE and job.seed == seed)
+        return next(f"{job.name}.json" for job in self._jobs if job.is_base and job.seed == seed)
 
     def _mask_file(self, cell: Cell) -> str:
         return f"masks/{cell.name}.json"
@@ -231,8 +243,11 @@ class Sweep:
 
 
 def _with_front(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Entries with the Pareto front of those that were timed marked; quality is the primary row's relative perplexity."""
+    """Entries with the Pareto front of those that were timed marked; quality is the primary row's relative perplexity.
+
+    The base, at speed 1 and a difference of 0, is one of the points.
+    """
     timed = [i for i, entry in enumerate(entries) if entry["decode"] is not None and entry["rel_ppl"] is not None]
-    front = pareto_front([(entries[i]["decode"]["over_base"], entries[i]["rel_ppl"]) for i in timed])
-    marked = {i for i, best in zip(timed, front, strict=True) if best}
+    front = pareto_front([*((entries[i]["decode"]["over_base"], entries[i]["rel_ppl"]) for i in timed), (1.0, 0.0)])
+    marked = {i for i, best in zip(timed, front[:-1], strict=True) if best}
     return [{**entry, "pareto": i in marked} for i, entry in enumerate(entries)]

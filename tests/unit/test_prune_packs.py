@@ -9,6 +9,7 @@ import pytest
 
 from softprune.bench.tiny.weights import HERE as TINY
 from softprune.checkpoint.families import read_config
+from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.evaluate.packing import block_hashes
 from softprune.mask import MaskModel
 from softprune.ranking.registry import CRITERIA
@@ -24,6 +25,7 @@ from tests.unit.stats_of import header
 
 PACKS = [TINY / "packs" / f"{name}.parquet" for name in ("chat_if", "code")]
 WEIGHTS = TINY / "weights"
+FINGERPRINT = fingerprint_of_checkpoint(WEIGHTS)
 SIZE: dict[str, Any] = {"seq_len": 64, "num_blocks": 2}
 
 
@@ -71,9 +73,9 @@ def test_without_a_gpu_mxfp4_is_dequantised(monkeypatch: pytest.MonkeyPatch) -> 
         assert folder == WEIGHTS
 
 
-def collected_before(path: Path, changes: dict[str, list[str]] | None = None) -> None:
+def collected_before(path: Path, changes: dict[str, list[str]] | None = None, fingerprint: str = FINGERPRINT) -> None:
     """A file as the collection of `PACKS` would leave it, but for its numbers."""
-    model = MaskModel(architecture="GptOssForCausalLM", num_layers=4, num_experts=32, top_k=4, fingerprint="sha256:" + "e" * 64)
+    model = MaskModel(architecture="GptOssForCausalLM", num_layers=4, num_experts=32, top_k=4, fingerprint=fingerprint)
     hashes = {tag: [f"sha256:{digest}" for digest in block_hashes(one)] for tag, one in load(PACKS, str(WEIGHTS), **SIZE).items()}
     sets = [DataSet(id=tag, hashes=some) for tag, some in {**hashes, **(changes or {})}.items()]
     head = header(
@@ -91,6 +93,9 @@ def test_what_is_there_is_not_collected_again(tmp_path: Path) -> None:
         collect_from_packs(WEIGHTS, PACKS, tmp_path / "s.safetensors", "eaft", **SIZE)
     collected_before(tmp_path / "s.safetensors", {"code": ["sha256:" + "0" * 64]})
     with pytest.raises(StatisticsError, match="or no such file"):
+        collect_from_packs(WEIGHTS, PACKS, tmp_path / "s.safetensors", "reap", **SIZE)
+    collected_before(tmp_path / "s.safetensors", fingerprint="sha256:" + "e" * 64)
+    with pytest.raises(StatisticsError, match=f"model.fingerprint: found sha256:e.*expected {FINGERPRINT}"):
         collect_from_packs(WEIGHTS, PACKS, tmp_path / "s.safetensors", "reap", **SIZE)
 
 

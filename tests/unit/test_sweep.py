@@ -100,6 +100,10 @@ def test_cells_of_scores() -> None:
         of_rankings(of_files([scores("reap", 0), scores("reap", 1)]), [4])
     with pytest.raises(InputError, match="no scores"):
         of_rankings([], [4], random_seeds=[0])
+    mask = make_mask([list(range(4))] * LAYERS)
+    for name in ("base", "sweep", "unmasked", "a.gate", "a.decode"):
+        with pytest.raises(InputError, match=f"found '{name}'; expected a name other than"):
+            of_masks([(name, mask)])
 
 
 def test_cells_of_a_grid_of_parameters(tmp_path: Path) -> None:
@@ -116,6 +120,14 @@ def test_cells_of_a_grid_of_parameters(tmp_path: Path) -> None:
 def test_pareto() -> None:
     points = [(1.0, 1.0), (1.2, 1.1), (1.1, 1.2), (1.2, 1.1), (0.9, 0.9), (1.0, 1.5)]
     assert pareto_front(points) == [True, True, False, True, True, False]
+
+
+def test_a_mask_that_is_slower_and_worse_than_none_is_not_on_the_front() -> None:
+    def entry(speed: float, loss: float) -> dict[str, Any]:
+        return {"decode": {"over_base": speed}, "rel_ppl": loss}
+
+    found = sweep_module._with_front([entry(0.9, 0.1), entry(1.1, 0.2), {"decode": None, "rel_ppl": 0.0}])
+    assert [one["pareto"] for one in found] == [False, True, False]
 
 
 def test_a_sweep(servers: Any, packs: Any, tmp_path: Path) -> None:
@@ -195,9 +207,10 @@ def test_speed_beside_quality(servers: Any, packs: Any, tmp_path: Path, monkeypa
     def decode_beside(base: Any, server: Any, mask: Any, label: str, decode: Decode) -> dict[str, Any]:
         timed.append(label)
         ratio = {"median": speeds[label], "low": None, "high": None}
-        return {
-            "results": [{"batch": 8, "figure": "decode_tok_s", "b": {"decode_tok_s": {"median": 50.0}}, "ratio": {"decode_tok_s": ratio}}]
-        }
+        row = {"batch": 8, "figure": "decode_tok_s", "b": {"decode_tok_s": {"median": 50.0}}, "ratio": {"decode_tok_s": ratio}}
+        sizes = {"batches": [decode.batch], **{name: getattr(decode, name) for name in ("prompt_tokens", "max_new_tokens", "repeats")}}
+        side = {"name": label, "softprune": {"mask_hash": mask.hash}}
+        return {"format": "softprune.decode-comparison", "settings": sizes, "sides": {"b": side}, "results": [row], "error": None}
 
     monkeypatch.setattr(sweep_module, "decode_beside", decode_beside)
     settings = Settings(GATES, EvalSettings(), Decode())
@@ -205,9 +218,11 @@ def test_speed_beside_quality(servers: Any, packs: Any, tmp_path: Path, monkeypa
     by_label = {one["label"]: one for one in document["cells"]}
     assert {label: one["decode"]["over_base"] for label, one in by_label.items()} == speeds
     better = by_label["keep6"]["rel_ppl"] <= by_label["keep4"]["rel_ppl"]
-    assert {label: one["pareto"] for label, one in by_label.items()} == {"keep6": True, "keep4": not better}
+    assert {label: one["pareto"] for label, one in by_label.items()} == {"keep6": True, "keep4": not better}  # both faster than the base
     Sweep([ServerClient(fake.url)], cells_of(fake, 6, 4), packs, tmp_path, settings).run()
     assert timed == ["keep6", "keep4"]  # once, as evaluations
+    with pytest.raises(SweepError, match=r"keep6\.decode\.json: found decoding measured otherwise"):
+        Sweep([ServerClient(fake.url)], cells_of(fake, 6, 4), packs, tmp_path, Settings(GATES, EvalSettings(), Decode(batch=9))).run()
 
 
 def test_refused_before_anything_is_switched(servers: Any, packs: Any, tmp_path: Path) -> None:
@@ -251,7 +266,11 @@ def test_the_command(servers: Any, tmp_path: Path) -> None:
     names = [*(f"reap-keep-{keep}" for keep in (6, 4)), *(f"random-keep-{keep}-seed-3" for keep in (6, 4))]
     written = {path.name for path in (tmp_path / "out").glob("*.json")}
     assert written == {"sweep.json", "base.json", *(f"{name}{end}.json" for name in names for end in ("", ".gate"))}
-    for wrong, said in ((["--masks", "a.json"], "one of the two ways"), (["--grid", "x=1", "--keep", "a"], "whole numbers")):
+    for wrong, said in (
+        (["--masks", "a.json"], "one of the two ways"),
+        (["--grid", "x=1"], "together"),
+        (["--keep", "a"], "whole numbers"),
+    ):
         result = CliRunner(env={"COLUMNS": "300"}).invoke(app, list(map(str, [*arguments, *wrong])), catch_exceptions=False)
         assert result.exit_code == 2
         assert said in result.output
