@@ -32,9 +32,7 @@ def is_of(document: Any, decode: Decode, mask: ExpertMask | None, label: str) ->
     if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("error") or not document.get("results"):
         return False
     asked, side = document.get("settings") or {}, (document.get("sides") or {}).get("b") or {}
-    wanted = {
-        "batches": [decode.batch], "prompt_tokens": decode.prompt_tokens, "max_new_tokens": decode.max_new_tokens, "repeats": decode.repeats,
-    }  # fmt: skip
+    wanted = {name: getattr(decode, name) for name in ("prompt_tokens", "max_new_tokens", "repeats")} | {"batches": [decode.batch]}
     served = side.get("softprune") or {}
     same = {name: asked.get(name) for name in wanted} == wanted
     return same and side.get("name") == label and served.get("mask_hash") == (None if mask is None else mask.hash)
