@@ -19,7 +19,7 @@ from softprune.evaluate import gates
 from softprune.evaluate.packing import read_rows
 
 PACKS, METHODS, KEEPS, SEQ_LEN = ("chat_if", "code"), ("reap", "eaft_reap", "frequency"), (28, 24, 20, 16), 1024
-HALF, BLOCKS, COLLECTED_BLOCKS = 400, 38, 16
+HALF, BLOCKS, COLLECTED_BLOCKS = 400, 50, 16
 WIDE = {
     "name": "wide", "max_abs_delta_ppl": 9.0, "max_rel_delta_ppl": 9.0, "max_abs_delta_cc_rate": 1.0, "max_abs_delta_mean_prob": 1.0,
     "max_js2d": 0.7,
