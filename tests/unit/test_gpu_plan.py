@@ -371,7 +371,7 @@ def test_figures(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyP
     raw, results = tmp_path / "out", tmp_path / "results"
     results.mkdir()
     assert run(server, tmp_path, 600).run() == []
-    for path in raw.iterdir():
+    for path in session.row_files(raw):
         document = json.loads(path.read_text())
         factor = {"unmasked": 1.0, "keep24": 1.1, "keep24_rewritten": 1.0}.get(document["notes"]["variant"], 1.2)
         document["results"][0]["decode_tok_s"]["median"] = 100 * factor
