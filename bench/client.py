@@ -23,9 +23,9 @@ from softprune.bench.prompts import (
     pathless,
     sglang_flags,
 )
-from softprune.control import KEY_HEADER, PREFIX, bearer, client_key
+from softprune.control import KEY_HEADER, PREFIX, bearer
 from softprune.errors import InputError, shortened
-from softprune.server_client import is_loopback
+from softprune.server_client import is_loopback, known_key
 
 
 class DecodeClient:
@@ -36,11 +36,12 @@ class DecodeClient:
         workload: what to send.
         api: "sglang" (POST /generate), "openai" (POST /v1/completions), or "auto": SGLang's own for SGLang, else OpenAI's.
         stream: False asks for whole answers, which costs servers less and gives throughput only.
-        key: softprune's key; else the one that a server on this machine left, never sent elsewhere.
+        key: softprune's key; else as `softprune.server_client.known_key` finds it.
         engine_key: what the engine itself asks for (its --api-key).
         stall_seconds: longest silence of a connection; without streaming, the longest answer.
 
     Attributes, once entered:
+        url: the server.
         api: the API in use.
         engine: {"name", "version"}, values None if unknown.
         model: its name or path's last component.
@@ -56,9 +57,9 @@ class DecodeClient:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError("--url", "", shortened(url), "http://HOST:PORT")
-        self._url, self.workload, self.stream, self._stall = url.rstrip("/"), workload, stream, stall_seconds
+        self.url, self.workload, self.stream, self._stall = url.rstrip("/"), workload, stream, stall_seconds
         self.loopback = is_loopback(parts.hostname)
-        self._key = key or (client_key(parts.port or (443 if parts.scheme == "https" else 80)) if self.loopback else None)
+        self._key = key or known_key(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
         self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json", **bearer(engine_key)}
         self._asked_api = api
         self.api: Api = "openai"
@@ -109,7 +110,7 @@ class DecodeClient:
         arrivals: list[tuple[float, int]] = []
         sent = time.perf_counter()
         try:
-            async with self._session.post(self._url + PATHS[self.api], data=body) as response:
+            async with self._session.post(self.url + PATHS[self.api], data=body) as response:
                 if response.status != 200:
                     text = shortened(pathless((await response.text(errors="replace"))[:500]))
                     raise HttpStatusError(*place, f"HTTP {response.status} with body {text}", "HTTP 200")
@@ -204,7 +205,7 @@ class DecodeClient:
     async def _fetch(self, path: str, headers: dict[str, str] | None = None, place: tuple[int, int] | None = None) -> tuple[int, bytes]:
         batch, repeat = place or (None, None)
         try:
-            async with self._session.get(self._url + path, headers=headers) as response:
+            async with self._session.get(self.url + path, headers=headers) as response:
                 return response.status, await response.read()
         except aiohttp.ServerTimeoutError:
             raise StallError(batch, repeat, None, f"no answer to {path} for {self._stall:g} s", "one") from None

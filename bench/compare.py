@@ -7,6 +7,7 @@ of its own, so that no prefix cache helps the side that comes second. What the r
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from softprune.bench.sides import Side, masked_sides
 from softprune.bench.step_limits import StepLimits
 from softprune.errors import InputError, SoftpruneError
 from softprune.mask import ExpertMask
-from softprune.server_client import ServerClient
+from softprune.server_client import ServerClient, without_address
 from softprune.server_mask import mask_put_back, terminated_by_signal
 
 FORMAT, VERSION = "softprune.decode-comparison", 1
@@ -48,11 +49,18 @@ class Masks:
 
 @dataclass(frozen=True)
 class Urls:
-    """Two servers, each as it is."""
+    """Two servers, each as it is.
+
+    Attributes:
+        a, b: the servers.
+        names: what to call them.
+        keys: softprune's keys of A and B; None for the `key` of `compare`.
+    """
 
     a: str
     b: str
     names: tuple[str, str] = ("a", "b")
+    keys: tuple[str | None, str | None] = (None, None)
 
 
 def compare(
@@ -75,7 +83,7 @@ def compare(
         The raw document, JSON-ready, without host names and paths.
 
     Raises:
-        InputError: no or repeated batch sizes, a number out of range, or no bandwidth to be found.
+        InputError: no or repeated batch sizes, a number out of range, no bandwidth to be found, or statistics that do not fit.
         ServerCallError: the server has no control API, or refuses a mask, before anything is measured.
         BenchmarkError: a pass failed, or the mask was switched by someone else; `partial` holds the document.
     """
@@ -91,11 +99,15 @@ def compare(
     async def run(control: ServerClient | None) -> None:
         nonlocal done
         async with AsyncExitStack() as stack:
-            urls = (sides.url,) if isinstance(sides, Masks) else (sides.a, sides.b)
             options: dict[str, Any] = {"api": api, "stream": stream, "engine_key": engine_key, "stall_seconds": stall_seconds}
-            clients = [await stack.enter_async_context(DecodeClient(url, workload, key=key, **options)) for url in urls]
-            if control is not None:
-                assert isinstance(sides, Masks)
+            if isinstance(sides, Masks):
+                assert control is not None
+                asked = [(sides.url, control.key)]
+            else:
+                asked = [(url, own or key) for url, own in zip((sides.a, sides.b), sides.keys, strict=True)]
+            clients = [await stack.enter_async_context(DecodeClient(url, workload, key=own, **options)) for url, own in asked]
+            if isinstance(sides, Masks):
+                assert control is not None
                 pair = masked_sides(clients[0], control, (sides.a, sides.b), probed=limits is not None)
             else:
                 pair = (Side(clients[0]), Side(clients[1]))
@@ -109,6 +121,9 @@ def compare(
             speed = limits.find_bandwidth(facts["a"]["gpu"], local) if limits else None
             document.update(settings={**settings, "api": clients[0].api}, sides=facts, bandwidth=asdict(speed) if speed else None)
             document.update(results=[], error=None)
+            if limits:  # what is wrong with them is found now, not after the first pass
+                for batch, (name, side) in itertools.product(batches, zip(NAMES, pair, strict=True)):
+                    limits.of(name, facts[name], side.mask, None, batch, workload)
             for batch in batches:
                 row = _Row(batch, workload, dict(zip(NAMES, pair, strict=True)), limits, facts)
                 letters = "A" * warmup + "B" * warmup + intervals.order(repeats)
@@ -132,7 +147,8 @@ def compare(
             asyncio.run(run(control))
     except SoftpruneError as error:
         if "results" in document:
-            document["error"] = str(error)
+            servers = {"the server": sides.url} if isinstance(sides, Masks) else {"server A": sides.a, "server B": sides.b}
+            document["error"] = without_address(str(error), servers)
         if "results" in document and isinstance(error, BenchmarkError):
             error.partial = document
         raise

@@ -47,6 +47,7 @@ def compare_command(
         float | None, typer.Option(min=0.001, metavar="GB/S", help="Of the memory, read and written; else measured.")
     ] = None,
     key: options.Key = None,
+    key_b: Annotated[str | None, typer.Option(help="That of B's server, if it is another.")] = None,
     engine_key: options.EngineKey = None,
     gpu: options.Gpu = None,
     note: options.Notes = None,
@@ -59,7 +60,7 @@ def compare_command(
     """
     from softprune.bench.compare import compare
 
-    sides = _sides(url, mask_a, mask_b, url_a, url_b)
+    sides = _sides(url, mask_a, mask_b, url_a, url_b, (key, key_b or key))
     batches, notes = options.batch_sizes(batch), options.notes(note)
     workload = options.workload(prompt_tokens, max_new_tokens, seed, token_ids)
     limits = _limits(model, model_b, stats, bandwidth)
@@ -110,7 +111,9 @@ def _called(side: dict[str, Any]) -> str:
     return f"{side['name']}, {side['model']} on {side['engine']['name']} {side['engine']['version']}"
 
 
-def _sides(url: str | None, mask_a: str | None, mask_b: str | None, url_a: str | None, url_b: str | None) -> Masks | Urls:
+def _sides(
+    url: str | None, mask_a: str | None, mask_b: str | None, url_a: str | None, url_b: str | None, keys: tuple[str | None, str | None]
+) -> Masks | Urls:
     from softprune.bench.compare import Masks, Urls
 
     given = [value is not None for value in (url, mask_a, mask_b, url_a, url_b)]
@@ -123,7 +126,7 @@ def _sides(url: str | None, mask_a: str | None, mask_b: str | None, url_a: str |
     if given == [False, False, False, True, True]:
         assert url_a is not None
         assert url_b is not None
-        return Urls(url_a, url_b, ("first server", "second server"))
+        return Urls(url_a, url_b, ("first server", "second server"), keys)
     raise typer.BadParameter("give either --url, --mask-a and --mask-b, or --url-a and --url-b")
 
 

@@ -23,6 +23,7 @@ from softprune.bench.errors import BenchmarkError, HttpStatusError, LengthError,
 from softprune.bench.figures import Repeat, Stream, quantiles, spread, summary
 from softprune.bench.prompts import Api, Workload, pathless
 from softprune.errors import InputError
+from softprune.server_client import without_address
 
 __all__ = [
     "BenchmarkError", "DecodeClient", "HttpStatusError", "LengthError", "Repeat", "ServerGoneError", "ServerReportedError",
@@ -92,7 +93,7 @@ def measure(
         asyncio.run(run())
     except BenchmarkError as error:
         if "results" in document:
-            document["error"] = str(error)
+            document["error"] = without_address(str(error), {"the server": url})
             error.partial = document
         raise
     return document

@@ -12,6 +12,7 @@ from typing import Any
 
 from softprune.bench.client import DecodeClient
 from softprune.bench.errors import BenchmarkError
+from softprune.bench.graph_memory import graphs_gib
 
 PATH = "/metrics"
 
@@ -100,13 +101,12 @@ def memory_of(flags: Mapping[str, Any], metrics: Metrics) -> dict[str, float | i
         metrics: vLLM's hold its KV blocks.
     """
     own = flags.get("memory_usage") or {}
-    graphs = own.get("graph")
     config = metrics[CACHE_CONFIG][0][0] if metrics.get(CACHE_CONFIG) else {}
     blocks, size = (_whole(config.get(name)) for name in ("num_gpu_blocks", "block_size"))
     tokens = own.get("token_capacity", blocks * size if blocks and size else None)
     return {
         "weights_gib": own.get("weight"), "kv_gib": own.get("kvcache"),
-        "graphs_gib": round(sum(graphs.values()), 3) if isinstance(graphs, Mapping) else graphs,
+        "graphs_gib": graphs_gib(own.get("graph")),
         "kv_tokens": tokens, "kv_blocks": blocks, "block_size": size,
     }  # fmt: skip
 

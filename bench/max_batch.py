@@ -3,7 +3,7 @@
 A size is tried with one pass of `softprune.bench.decode`. That all its requests ran at once is seen in the streams, each of which has its
 first token before any has its last, or in the engine's gauge of running requests, which engines update now and then; of answers so short
 that neither shows it, the size found is too small. Preemptions (vLLM) and retractions (SGLang) are read from the engine's metrics. The size
-that is found has to run again, as often as its throughput is measured.
+that is found has to run again, as often as its throughput is measured. A search that ends for want of time goes on from its own document.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from softprune.bench import engine_metrics
@@ -23,6 +23,7 @@ from softprune.bench.errors import BenchmarkError
 from softprune.bench.figures import summary
 from softprune.bench.prompts import Api, Workload
 from softprune.errors import InputError
+from softprune.server_client import without_address
 
 FORMAT, VERSION = "softprune.max-batch", 1
 POLL_SECONDS = 0.1
@@ -60,6 +61,11 @@ class Try:
         figures = record.pop("figures") or {}
         return {**record, "ok": self.why is None, **{name: figures.get(name) for name in ("total_tok_s", "decode_tok_s", "wall_s")}}
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Try:
+        """A try from its `record`; without its figures."""
+        return cls(**{field.name: record[field.name] for field in fields(cls) if field.name != "figures"}, figures=None)
+
     @property
     def at_once(self) -> int:
         """How many requests ran at once, as far as is known."""
@@ -80,7 +86,8 @@ def max_batch(
     url: str, workload: Workload, most: int = 1024, start: int | None = None, step: int = 1, repeats: int = 3, stream: bool = True, *,
     max_running: int | None = None, api: Api | Literal["auto"] = "auto", key: str | None = None, engine_key: str | None = None,
     gpu: str | None = None, notes: Mapping[str, str] | None = None, stall_seconds: float = 60.0,
-    progress: Callable[[Try, int], None] | None = None, into: dict[str, Any] | None = None,
+    progress: Callable[[Try, int], None] | None = None, into: dict[str, Any] | None = None, until: float | None = None,
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Find the largest batch, and measure it; not for callers inside an event loop.
 
@@ -93,9 +100,13 @@ def max_batch(
         max_running: the engine's own cap on running requests, where it does not tell (vLLM's --max-num-seqs).
         progress: called with every try, and their number.
         into: filled with the document while it grows.
+        until: of `time.monotonic`; no try is begun that would end later if it took as long as the longest so far. None for no end.
+        earlier: a document whose search ran out of time; its search goes on here if server and workload are the same ("resumed" tells how
+            many of its tries were taken), with repeats measured anew.
 
     Returns:
-        The raw document, JSON-ready, without host names and paths.
+        The raw document, JSON-ready, without host names and paths. Where time ran out, "out_of_time" is true, "max_batch" and "result" are
+        None, and "limit" says between which sizes the answer lies.
 
     Raises:
         InputError: a number out of range.
@@ -120,30 +131,57 @@ def max_batch(
             settings = {**asdict(workload), "stream": stream, "api": client.api, "stall_seconds": stall_seconds, "start": min(first, cap)}
             settings |= {"max": most, "max_running": max_running, "step": step, "repeats": repeats}
             document.update(settings=settings, memory=memory, tries=[], max_batch=None, limit=None, next_failed=None)
-            document.update(not_monotone=[], result=None, error=None)
+            document.update(not_monotone=[], result=None, error=None, out_of_time=False, resumed=0)
             bracket = Bracket(first, cap, jump, step)
             failures: dict[int, Try] = {}
             passes: list[dict[str, Any]] = []
+            longest = 0.0
+
+            def take(tried: Try) -> None:
+                bracket.told(tried.batch, tried.why is None)
+                if tried.why is not None:
+                    failures[tried.batch] = tried
+
+            if earlier is not None and _same_search(earlier, document):
+                document.update(tries=list(earlier["tries"]), resumed=len(earlier["tries"]))
+                for record in earlier["tries"]:
+                    take(Try.of(record))
 
             async def attempt(size: int, kind: Literal["search", "repeat"]) -> bool:
+                nonlocal longest
+                began = time.monotonic()
+                if until is not None and began + longest > until:
+                    raise _OutOfTimeError
                 tried = await trial.attempt(size, kind)
+                longest = max(longest, time.monotonic() - began)
                 document["tries"].append(tried.record())
-                bracket.told(size, tried.why is None)
-                if tried.why is not None:
-                    failures[size] = tried
-                elif kind == "repeat":
+                take(tried)
+                if tried.why is None and kind == "repeat":
                     assert tried.figures is not None
                     passes.append(tried.figures)
                 if progress:
                     progress(tried, len(document["tries"]))
                 return tried.why is None
 
-            while True:
-                while (size := bracket.next()) is not None:
-                    await attempt(size, "search")
-                passes.clear()
-                if bracket.low == 0 or all([await attempt(bracket.low, "repeat") for _ in range(repeats) if bracket.low not in failures]):
-                    break
+            async def search() -> None:
+                """Until a size that was found runs `repeats` times more, or not even 1 runs."""
+                while True:
+                    while (size := bracket.next()) is not None:
+                        await attempt(size, "search")
+                    found = bracket.low
+                    passes.clear()
+                    while found and len(passes) < repeats and await attempt(found, "repeat"):
+                        pass
+                    if not found or len(passes) == repeats:
+                        return
+
+            try:
+                await search()
+            except _OutOfTimeError:
+                at_most = cap if bracket.high is None else bracket.high - 1
+                document.update(out_of_time=True, next_failed=bracket.high, not_monotone=bracket.not_monotone)
+                document["limit"] = f"not known: out of time with the answer between {bracket.low} and {at_most}"
+                return
             document.update(max_batch=bracket.low or None, next_failed=bracket.high, not_monotone=bracket.not_monotone)
             document["limit"] = whose if bracket.high is None else failures[bracket.high].reason
             document["result"] = summary(bracket.low, passes) if passes else None
@@ -152,10 +190,27 @@ def max_batch(
         asyncio.run(run())
     except BenchmarkError as error:
         if "tries" in document:
-            document["error"] = str(error)
+            document["error"] = without_address(str(error), {"the server": url})
             error.partial = document
         raise
     return document
+
+
+class _OutOfTimeError(Exception):
+    """No time for another try."""
+
+
+def _same_search(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two documents are of searches on the same server, GPU and KV room, with the same requests."""
+    asked = ("prompt_tokens", "max_new_tokens", "token_ids", "stream", "api", "max_running")
+    alike = all(one.get(name) == other[name] for name in ("format", "version", "engine", "model", "gpu", "softprune"))
+    same_room = (one.get("memory") or {}).get("kv_tokens") == other["memory"]["kv_tokens"]
+    return alike and same_room and all(_plain(one["settings"].get(name)) == _plain(other["settings"][name]) for name in asked)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 class _Trial:
@@ -199,10 +254,11 @@ class _Trial:
             why = "preempted"
         else:
             why = "queued" if max(*seen, together or 0) < size else None
+        told = None if error is None else without_address(str(error), {"the server": self.client.url})
         figures = result.figures() if result else None
         if figures is not None:
             del figures["streams"]
-        return Try(size, kind, why, preempted, max(seen), together, None if error is None else str(error), figures)
+        return Try(size, kind, why, preempted, max(seen), together, told, figures)
 
     async def _settled(self) -> engine_metrics.Load:
         """The engine's load once nothing runs or waits; those of a pass that failed are given up, which engines take a moment for."""

@@ -8,6 +8,7 @@ The first is also `softprune bench report`.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from softprune.bench.readme_figures import filled, shown
 from softprune.bench.report_read import read_rows
 from softprune.bench.report_rows import by_setting
 from softprune.bench.report_text import markdown
-from softprune.errors import InputError
+from softprune.errors import InputError, SoftpruneError
 from softprune.files import write_whole
 
 HEADLINE = Path("bench") / "results" / "headline.json"
@@ -39,7 +40,10 @@ def report_command(
     """Make a Markdown report with plots from raw benchmark files."""
     if readme is not None and not raw:
         figures = headline.read(readme.parent / HEADLINE)
-        text = readme.read_text(encoding="utf-8")
+        try:
+            text = readme.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(str(readme), "", str(error), "a readable text file") from None
         new = filled(text, figures, str(readme))
         write_whole(readme, new)
         console.print(f"{readme}: {'rewritten' if new != text else 'nothing changed'}", soft_wrap=True)
@@ -82,4 +86,7 @@ def write_report(raw: list[Path], out: Path) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(report_command)
+    try:
+        typer.run(report_command)
+    except SoftpruneError as error:
+        sys.exit(f"error: {error}")

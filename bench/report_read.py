@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from softprune.bench.graph_memory import graphs_gib
 from softprune.bench.packed import unpacked
-from softprune.bench.report_rows import Compared, Largest, Memory, Rows, Setting, Speed
+from softprune.bench.report_rows import Compared, Largest, Memory, Rows, Served, Setting, Speed
 from softprune.errors import InputError, shortened
 
 
@@ -28,6 +31,7 @@ def read_rows(files: Iterable[Path]) -> Rows:
         if not isinstance(document, dict):
             raise InputError(str(path), "", shortened(document), "a JSON object")
         take(document, rows, str(path))
+    rows.speeds, rows.largest = _told_apart(rows.speeds), _told_apart(rows.largest)
     rows.speeds = _pooled(rows)
     return rows
 
@@ -36,15 +40,19 @@ def take(document: Mapping[str, Any], rows: Rows, source: str) -> None:
     """Add a document's rows.
 
     Raises:
-        InputError: it has a format or a version that nobody reads, or lacks a field.
+        InputError: it has a format or a version that nobody reads, or a field is missing or not what it should be.
     """
     kind, version = document.get("format"), document.get("version")
-    if kind not in _READERS or version != 1:
+    if not isinstance(kind, str) or kind not in _READERS or version != 1:
         raise InputError(source, "format, version", f"{kind!r}, {version!r}", f"one of {', '.join(_READERS)}, version 1")
     try:
         _READERS[kind](document, rows)
     except KeyError as error:
         raise InputError(source, str(error.args[0]), "nothing", f"this field, as {kind} has it") from None
+    except InputError as error:  # of a document inside this one
+        raise InputError(source, ", ".join(filter(None, (error.file, error.field))), error.found, error.expected) from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise InputError(source, "", f"a field of another type ({error})", f"fields as {kind} has them") from None
     if document.get("error"):
         rows.note(f"{source} ended with an error: {document['error']}")
 
@@ -63,6 +71,12 @@ def variant_of(head: Mapping[str, Any]) -> str:
     return f"{text}, top_k {top_k}" if top_k else text
 
 
+def served_of(head: Mapping[str, Any]) -> Served:
+    """Which mask and model are served, as softprune told."""
+    served = head.get("softprune") or {}
+    return served.get("mask_hash"), served.get("fingerprint")
+
+
 def setting_of(head: Mapping[str, Any], settings: Mapping[str, Any], stream: bool) -> Setting:
     """What a document with this head and these settings measured."""
     engine = head["engine"]
@@ -72,20 +86,18 @@ def setting_of(head: Mapping[str, Any], settings: Mapping[str, Any], stream: boo
 
 def _decode(document: Mapping[str, Any], rows: Rows) -> None:
     model, variant = document["model"] or "unknown model", variant_of(document)
-    flags = {name: value for name, value in document["server_flags"].items() if name not in ("memory_usage", "random_seed")}
     for row in document["results"]:
         stream = row["decode_tok_s"] is not None
         setting = setting_of(document, document["settings"], stream)
-        values = tuple(repeat[setting.figure] for repeat in row["repeats"])
+        values = _values(row["repeats"], setting)
         ttft, between = ((row[name] or {}).get("median") for name in ("ttft_p50_s", "inter_token_p50_ms"))
-        rows.speeds.append(Speed(setting, model, variant, row["batch"], values, ttft, between, (json.dumps(flags, sort_keys=True),)))
+        rows.speeds.append(Speed(setting, model, variant, row["batch"], served_of(document), values, ttft, between, _flags(document)))
     usage = document["server_flags"].get("memory_usage")
     if usage and not _booted_alone(document):
         rows.note("Memory of servers that shared a GPU while they booted is left out: engines take it for what was free before and after.")
     elif usage:
-        # An engine that subtracts what is free after from before can find a little less than nothing.
-        graphs = sum(max(0.0, gib) for gib in usage["graph"].values())
-        _remember(rows, Memory(f"{model}, {variant}, {document['gpu']}", usage["weight"], usage["kvcache"], graphs))
+        parts = (usage["weight"], usage["kvcache"], graphs_gib(usage["graph"]))
+        _remember(rows, f"{model}, {variant}, {document['gpu']}", parts)
 
 
 def _comparison(document: Mapping[str, Any], rows: Rows) -> None:
@@ -93,14 +105,16 @@ def _comparison(document: Mapping[str, Any], rows: Rows) -> None:
     names = {}
     for side, head in sides.items():
         names[side] = head["name"] if len({one["model"] for one in sides.values()}) == 1 else f"{head['model']}, {head['name']}"
+    variants = _variants(sides)
     for row in document["results"]:
         settings = [setting_of(sides[side], document["settings"], row["figure"] == "decode_tok_s") for side in ("a", "b")]
         if settings[0] != settings[1]:
             rows.note(f"{names['a']} ran on {settings[0].text}; {names['b']} on {settings[1].text}.")
         for side, setting in zip(("a", "b"), settings, strict=True):
             if row[side]:
-                values = tuple(repeat[setting.figure] for repeat in row[side]["repeats"])
-                rows.speeds.append(Speed(setting, sides[side]["model"], variant_of(sides[side]), row["batch"], values))
+                head, values = sides[side], _values(row[side]["repeats"], setting)
+                model = head["model"] or "unknown model"
+                rows.speeds.append(Speed(setting, model, variants[side], row["batch"], served_of(head), values, flags=_flags(head)))
         found = (row["ratio"] or {}).get(row["figure"])
         if found:
             roof = row.get("roofline") or {}
@@ -116,17 +130,18 @@ def _comparison(document: Mapping[str, Any], rows: Rows) -> None:
 def _max_batch(document: Mapping[str, Any], rows: Rows) -> None:
     result, memory = document["result"], document["memory"]
     setting = setting_of(document, document["settings"], bool(result and result["decode_tok_s"]))
-    values = tuple(repeat[setting.figure] for repeat in result["repeats"]) if result else ()
+    values = _values(result["repeats"], setting) if result else ()
     model, variant = document["model"] or "unknown model", variant_of(document)
-    rows.largest.append(Largest(setting, model, variant, memory["kv_tokens"], document["max_batch"], document["limit"] or "", values))
-    parts = (memory["weights_gib"], memory["kv_gib"], memory["graphs_gib"])
-    if _booted_alone(document) and None not in parts:
-        _remember(rows, Memory(f"{model}, {variant}, {document['gpu']}, {memory['kv_tokens']} KV tokens", *parts))
+    size, failed = document["max_batch"], document.get("next_failed")
+    is_exact = size is None or failed is None or failed == size + 1
+    kv_tokens, limit = memory["kv_tokens"], document["limit"] or ""
+    rows.largest.append(Largest(setting, model, variant, served_of(document), kv_tokens, size, limit, values, is_exact))
+    if _booted_alone(document):
+        _remember(rows, f"{model}, {variant}, {document['gpu']}, {kv_tokens} KV tokens", _parts(memory))
 
 
 def _gpu_memory(document: Mapping[str, Any], rows: Rows) -> None:
-    memory = document["memory"]
-    _remember(rows, Memory(f"{document['model']}, {document['gpu']}", memory["weights_gib"], memory["kv_gib"], memory["graphs_gib"]))
+    _remember(rows, f"{document['model']}, {document['gpu']}", _parts(document["memory"]))
 
 
 def _matrix(document: Mapping[str, Any], rows: Rows) -> None:
@@ -154,23 +169,74 @@ def _booted_alone(document: Mapping[str, Any]) -> bool:
     return "others" not in notes and int(notes.get("servers_on_gpu", 1)) == 1
 
 
-def _remember(rows: Rows, memory: Memory) -> None:
-    if memory not in rows.memory:
+def _parts(memory: Mapping[str, Any]) -> tuple[float | None, ...]:
+    return memory["weights_gib"], memory["kv_gib"], graphs_gib(memory["graphs_gib"])
+
+
+def _remember(rows: Rows, label: str, parts: tuple[float | None, ...]) -> None:
+    """Weights, KV and graphs of a server, if its engine told all of them."""
+    known = [float(part) for part in parts if part is not None]
+    if len(known) == len(parts) and (memory := Memory(label, *known)) not in rows.memory:
         rows.memory.append(memory)
+
+
+def _values(repeats: Sequence[Mapping[str, Any]], setting: Setting) -> tuple[float, ...]:
+    """The speed of every repeat; ValueError if there is none."""
+    if not repeats:
+        raise ValueError("no repeats")
+    return tuple(float(repeat[setting.figure]) for repeat in repeats)
+
+
+def _flags(head: Mapping[str, Any]) -> tuple[str, ...]:
+    """Server flags that a figure may depend on."""
+    flags = {name: value for name, value in head["server_flags"].items() if name not in ("memory_usage", "random_seed")}
+    return (json.dumps(flags, sort_keys=True),)
+
+
+def _variants(sides: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What each side serves, with the side's own name where nothing else tells them apart."""
+    words = {side: variant_of(head) for side, head in sides.items()}
+    if len({(head["model"], words[side], served_of(head)) for side, head in sides.items()}) == len(sides):
+        return words
+    names = {side: head["name"] for side, head in sides.items()}
+    if len(set(names.values())) < len(names):
+        names = {side: side.upper() for side in sides}
+    return {side: f"{text}, {names[side]}" for side, text in words.items()}
+
+
+Row = TypeVar("Row", Speed, Largest)
+
+
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Rows with the start of the mask's hash or the model's fingerprint added to words that stand for several of them."""
+    found: dict[tuple[str, str], set[Served]] = defaultdict(set)
+    for row in rows:
+        found[row.model, row.variant].add(row.served)
+
+    def one(row: Row) -> Row:
+        same, text = found[row.model, row.variant], row.variant
+        for place, what in enumerate(("mask", "model")):
+            if len({served[place] for served in same}) > 1:
+                digest = row.served[place]
+                text += f", {what} {digest.partition(':')[2][:8]}" if digest else f", no {what} hash"
+        return replace(row, variant=text)
+
+    return [one(row) for row in rows]
 
 
 def _pooled(rows: Rows) -> list[Speed]:
     """Rows of one thing as one, in the order in which they came."""
-    found: dict[tuple[Setting, str, str, int], list[Speed]] = {}
+    found: dict[tuple[Setting, str, str, int, Served], list[Speed]] = {}
     for one in rows.speeds:
-        found.setdefault((one.setting, one.model, one.variant, one.batch), []).append(one)
+        found.setdefault((one.setting, one.model, one.variant, one.batch, one.served), []).append(one)
     pooled, mixed = [], []
-    for (setting, model, variant, batch), same in found.items():
+    for (setting, model, variant, batch, served), same in found.items():
         flags = tuple(sorted({text for one in same for text in one.flags}))
         if len(flags) > 1:
             mixed.append(f"{model}, {variant}, batch {batch}")
         values = tuple(value for one in same for value in one.tok_s)
-        pooled.append(Speed(setting, model, variant, batch, values, _middle(same, "ttft_s"), _middle(same, "inter_token_ms"), flags))
+        times = (_middle(same, "ttft_s"), _middle(same, "inter_token_ms"))
+        pooled.append(Speed(setting, model, variant, batch, served, values, *times, flags))
     if mixed:
         rows.note(f"Repeats of servers with different flags are in one row: {'; '.join(mixed)}.")
     return pooled

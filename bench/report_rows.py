@@ -16,6 +16,10 @@ ENOUGH = 3
 """Repeats, or pairs, below which a row is marked."""
 
 
+Served = tuple[str | None, str | None]
+"""Hash of the mask, and the model's fingerprint."""
+
+
 @dataclass(frozen=True, order=True)
 class Setting:
     """What has to be the same for two speeds to share a picture.
@@ -50,6 +54,7 @@ class Speed:
 
     Attributes:
         setting, model, variant, batch: what was measured.
+        served: the hashes of mask and fingerprint, None where nobody told; other ones are another row even if their words are the same.
         tok_s: of every repeat.
         ttft_s, inter_token_ms: medians over repeats; None without streaming.
         flags: server flags of each document that repeats came from; more than one differs only in what no figure depends on, or is noted.
@@ -59,6 +64,7 @@ class Speed:
     model: str
     variant: str
     batch: int
+    served: Served
     tok_s: tuple[float, ...]
     ttft_s: float | None = None
     inter_token_ms: float | None = None
@@ -102,15 +108,23 @@ class Compared:
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest batch of a server, and its speed there; `batch` None if not even the smallest ran."""
+    """The largest batch of a server, and its speed there.
+
+    Attributes:
+        served: as of `Speed`.
+        batch: None if not even the smallest ran, or none was found in time.
+        is_exact: whether the next size is known not to run, or none was to be tried.
+    """
 
     setting: Setting
     model: str
     variant: str
+    served: Served
     kv_tokens: int | None
     batch: int | None
     limit: str
     tok_s: tuple[float, ...]
+    is_exact: bool = True
 
     @property
     def is_marked(self) -> bool:

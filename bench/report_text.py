@@ -52,7 +52,8 @@ def _largest(largest: Sequence[Largest]) -> str:
     table = []
     for one in largest:
         speed = f"{median(one.tok_s):,.1f}{_mark(one)}" if one.tok_s else ""
-        table.append([one.model, one.variant, _number(one.kv_tokens, ","), _number(one.batch, ""), one.limit, speed, str(len(one.tok_s))])
+        batch = _number(one.batch, "") if one.is_exact else f"at least {one.batch}"
+        table.append([one.model, one.variant, _number(one.kv_tokens, ","), batch, one.limit, speed, str(len(one.tok_s))])
     return markdown_table(LARGEST, table)
 
 

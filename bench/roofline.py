@@ -123,22 +123,24 @@ def uniform(num_kept: Sequence[int], top_k: int, num_experts: int) -> Chosen:
     return np.array([[top_k / kept] * kept + [0.0] * (num_experts - kept) for kept in num_kept])
 
 
-def counted(counts: NDArray[Any], top_k: int, pruned: Sequence[Sequence[int]] | None = None) -> Chosen:
+def counted(counts: NDArray[Any], top_k: int, source: str, pruned: Sequence[Sequence[int]] | None = None) -> Chosen:
     """From how often each expert was chosen, as a mask leaves it.
 
     Args:
         counts: selections [MoE layers, experts].
         top_k: experts a token under the mask.
+        source: of the counts, for errors.
         pruned: ids per MoE layer that the mask prunes but the counting did not; the others take over in proportion.
 
     Raises:
-        ValueError: a layer in which nothing that is kept was counted.
+        InputError: a layer in which nothing that is kept was counted.
     """
     mass = np.array(counts, np.float64)
     for layer, ids in enumerate(pruned or ()):
         mass[layer, list(ids)] = 0.0
     if not (mass.sum(-1) > 0).all():
-        raise ValueError(f"layer {int(mass.sum(-1).argmin())}: no selection of an expert that is kept")
+        nothing = f"no selection of an expert that is kept in layer {int(mass.sum(-1).argmin())}"
+        raise InputError(source, "router.count", nothing, "some in every layer")
     chosen = top_k * mass / mass.sum(-1, keepdims=True)
     # No token chooses an expert twice: what is above 1 goes to the layer's others.
     while (chosen > 1 + 1e-12).any():

@@ -68,7 +68,7 @@ class StepLimits:
         top_k = int(served.get("top_k") or spec.top_k)
         if probe is not None:
             roofline.check_shape(probe, spec, "route probe")
-            return roofline.counted(probe, top_k), "probe", ["prompts' tokens were counted with the answers'"]
+            return roofline.counted(probe, top_k, "route probe"), "probe", ["prompts' tokens were counted with the answers'"]
         if self.statistics is not None:
             counts = roofline.decode_counts(self.statistics)
             roofline.check_shape(counts, spec, self.statistics.source)
@@ -76,6 +76,6 @@ class StepLimits:
             assumed = [f"statistics of {sum(one.routed for one in self.statistics.header.tokens.values())} tokens of other prompts"]
             if pruned is not None and self.statistics.header.mask != getattr(mask, "hash", None):
                 assumed.append("counted under another mask: experts that are kept take over in proportion")
-            return roofline.counted(counts, top_k, pruned), "statistics", assumed
-        kept = served.get("num_kept") or [spec.num_experts] * spec.num_layers
+            return roofline.counted(counts, top_k, self.statistics.source, pruned), "statistics", assumed
+        kept = (served.get("num_kept") if mask is None else mask.num_kept) or [spec.num_experts] * spec.num_layers
         return roofline.uniform(kept, top_k, spec.num_experts), "uniform", ["every kept expert is as likely as any other"]

@@ -6,10 +6,11 @@ import http.client
 import ipaddress
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
@@ -242,6 +243,34 @@ def known_key(host: str, port: int) -> str | None:
         host, port: of the server.
     """
     return client_key(port) if is_loopback(host) else os.environ.get(KEY_ENV)
+
+
+def without_address(text: str, servers: Mapping[str, str]) -> str:
+    """A text with names in place of servers' addresses, for files that others may read.
+
+    Args:
+        text: e.g. an error, which begins with the server's URL.
+        servers: what to call each one ("the server", "server A") -> its URL. A host that several share is "the server's host".
+
+    Returns:
+        The text with URLs, HOST:PORT and bare hosts replaced.
+    """
+    names: dict[str, str] = {}
+    for name, url in servers.items():
+        parts = urlsplit(url)
+        if not (host := parts.hostname):
+            continue
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        inner = f"[{host}]" if ":" in host else host
+        for address in (url.rstrip("/"), f"{parts.scheme}://{parts.netloc}", parts.netloc, f"{inner}:{port}", f"{host}:{port}"):
+            names.setdefault(address.lower(), name)
+        hosts = (inner, host)
+        names.update({one: name if names.get(one, name) == name else "the server's host" for one in hosts})
+    if not names:
+        return text
+    # The longest first, and none inside a longer word, number or host name.
+    known = "|".join(re.escape(address) for address in sorted(names, key=len, reverse=True))
+    return re.sub(rf"(?<![\w.-])(?:{known})(?![\w-]|\.\w)", lambda found: names[found[0].lower()], text, flags=re.IGNORECASE)
 
 
 def is_loopback(host: str) -> bool:

@@ -6,7 +6,8 @@
 
 One GPU of 80 GB or more, 45 GB of disk in WORK_DIR, and the engine installed beside softprune; nothing else runs on the GPU. A run ends
 before its limit and prints what is left: run it again with --resume until nothing is. Also after a kill: rows that are in OUT_DIR are not
-measured again, and servers that were left behind are ended.
+measured again, and servers that were left behind are ended. Rows of one OUT_DIR are of one GPU, engine, checkpoint and softprune version
+(run.json there); a run with another is refused.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """From a run's raw files to the committed ones and the headline figures.
 
 A ratio is the median over rounds of one variant's speed over another's, of rows that the same boot of servers measured in the same round.
-A ratio of fewer than three rounds is in the raw file and is no headline. Committed files hold every row, without the records of single
-requests (`softprune.bench.packed`).
+A ratio of fewer than three rounds is in the raw file and is no headline, nor is a largest batch that is not known exactly. Committed files
+hold every row, without the records of single requests (`softprune.bench.packed`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import typer
+
+from softprune.bench.gpu.session import row_files
 from softprune.bench.headline import record
 from softprune.bench.intervals import ENOUGH, ratio
 from softprune.bench.packed import packed
@@ -62,12 +65,14 @@ def write_figures(raw: Path, results: Path) -> list[str]:
         results: bench/results.
 
     Raises:
-        InputError: there is nothing, or the results have become too large; then they stay to be looked at.
+        InputError: there is nothing, or rows of an engine are of several machines or versions, which nothing is written of; or the
+            results have become too large, which stay to be looked at.
     """
-    documents = [json.loads(path.read_text()) for path in sorted(raw.glob("[!.]*.json"))]
+    documents = [json.loads(path.read_text()) for path in row_files(raw)]
     by_format = {kind: [one for one in documents if one["format"] == f"softprune.{kind}"] for kind in ("decode-benchmark", "max-batch")}
     if not any(by_format.values()):
         raise InputError(str(raw), "", "no rows", "raw files of a run")
+    _check_alike(documents, raw)
     written: list[str] = []
     for engine in sorted({one["engine"]["name"].lower() for one in by_format["decode-benchmark"]}):
         rows = [one for one in by_format["decode-benchmark"] if one["engine"]["name"].lower() == engine]
@@ -85,6 +90,18 @@ def write_figures(raw: Path, results: Path) -> list[str]:
     return written
 
 
+def _check_alike(documents: Documents, raw: Path) -> None:
+    """See that rows of one engine are of one GPU, engine version and softprune version, as their figures have one name."""
+    heads: dict[str, set[tuple[str, ...]]] = {}
+    for one in documents:
+        head = (str(one["gpu"]), str(one["engine"]["version"]), str(one.get("softprune_version")))
+        heads.setdefault(one["engine"]["name"], set()).add(head)
+    for engine, found in heads.items():
+        if len(found) > 1:
+            texts = "; ".join(", ".join(head) for head in sorted(found))
+            raise InputError(str(raw), f"GPU, {engine} version, softprune version", texts, "the same ones in every row")
+
+
 def _decode_headlines(engine: str, ratios: list[dict[str, Any]], results: Path, raw: str) -> Iterator[str]:
     for one in ratios:
         if one["setting"]["max_new_tokens"] == HEADLINE_TOKENS and len(one["ratio"]["pairs"]) >= ENOUGH:
@@ -98,6 +115,10 @@ def _max_batch_headlines(searches: Documents, results: Path, raw: str) -> Iterat
     for card in sorted({one["notes"]["card_gib"] for one in searches}):
         stem = f"sglang.max_batch_{card}gib"
         found = {one["notes"]["variant"]: one for one in searches if one["notes"]["card_gib"] == card and one["max_batch"]}
+        for variant, one in list(found.items()):
+            if one["next_failed"] not in (None, one["max_batch"] + 1):
+                typer.echo(f"{stem}.{variant}: no headline: at least {one['max_batch']} run, {one['next_failed']} do not")
+                del found[variant]
         speeds = {variant: median(repeat["decode_tok_s"] for repeat in one["result"]["repeats"]) for variant, one in found.items()}
         for variant, one in found.items():
             figures |= {f"{stem}.{variant}": (one["max_batch"], "requests"), f"{stem}.{variant}_tok_s": (speeds[variant], "tok/s")}

@@ -1,7 +1,8 @@
 """How large a batch fits on a smaller card: SGLang with the KV room that a 16 GiB or 24 GiB card would leave it.
 
 The room is the card's size, less 1 GiB, less weights and CUDA graphs as the engine reports them of a server that booted alone; it is set by
-the engine's own KV-token flag. The largest batch is found by `softprune.bench.max_batch`: whole checkpoint against rewritten ones.
+the engine's own KV-token flag. The largest batch is found by `softprune.bench.max_batch`, exactly: whole checkpoint against rewritten ones.
+A search whose time is over keeps its tries, and goes on from them in the next run.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from softprune.bench.decode import DecodeClient, Workload, about, head
 from softprune.bench.gpu.launchers import Launcher
 from softprune.bench.gpu.plan import PLAIN, REWRITTEN, Served
 from softprune.bench.gpu.prepare import prepare, prepare_seconds
+from softprune.bench.gpu.run_file import facts_of
 from softprune.bench.gpu.session import Budget, Store, booted
+from softprune.bench.graph_memory import graph_entries
 from softprune.bench.max_batch import Try, max_batch
 from softprune.bench.server import Server, ServerError
 from softprune.errors import InputError, SoftpruneError
 
 FORMAT, VERSION = "softprune.gpu-memory", 1
 GIB = 2**30
+LEAST_GRAPHS_GIB = -0.05
+"""An engine that subtracts what is free after from before can find a little less than nothing."""
 DESCRIBED = ("engine", "model", "server_flags", "gpu", "softprune")
 VARIANTS: Mapping[str, Served] = {"unmasked": PLAIN, "keep16": REWRITTEN[16], "keep24": REWRITTEN[24]}
 """All are served by the engine alone."""
@@ -42,6 +47,7 @@ class Shape:
         graphs: largest batch with a CUDA graph, the same for all.
         most: largest batch that is tried.
         boot_s, search_s: estimates of a boot, alone or two or three side by side, and of a search with its repeats, by card and variant.
+        least_s: what a search has to have to be begun, less if it is thought to take less: some tries and what follows them.
     """
 
     cards_gib: tuple[float, ...] = (16, 24)
@@ -54,8 +60,9 @@ class Shape:
     boot_s: tuple[float, float] = (60, 90)
     search_s: tuple[Mapping[str, float], ...] = (
         {"unmasked": 100, "keep16": 150, "keep24": 120},
-        {"unmasked": 160, "keep16": 220, "keep24": 180},
+        {"unmasked": 190, "keep16": 280, "keep24": 230},
     )
+    least_s: float = 150
 
     def room(self, card_gib: float, memory: Mapping[str, Any]) -> int:
         """KV tokens that a card has room for, 0 for none; `memory` is of `Launcher.memory`."""
@@ -105,14 +112,18 @@ class Headroom:
             if not todo:
                 continue
             name = self._row(card, todo[0])
-            if self._has_time(name, [VARIANTS[one] for one in todo], self.shape.boot_s[len(todo) > 1], self.rows[name]):
+            if self._has_time(name, [VARIANTS[one] for one in todo], self.shape.boot_s[len(todo) > 1], self._least(name)):
                 self._search(card, todo)
         return self.left()
+
+    def _least(self, name: str) -> float:
+        return min(self.rows[name], self.shape.least_s)
 
     def _has_time(self, name: str, served: Sequence[Served], boot_s: float, row_s: float) -> bool:
         fixed = boot_s + prepare_seconds(self.work, [one.model for one in served])
         if fits := self.budget.fits(row_s, fixed):
             prepare(self.work, [one.model for one in served], self.launcher.preset)
+            self.store.measured_with(facts_of(self.launcher, self.work))
         else:
             typer.echo(f"{name}: {fixed:.0f} s and {row_s:.0f} s of measuring do not fit into {self.budget.left:.0f} s")
         return fits
@@ -126,6 +137,10 @@ class Headroom:
                 memory, described = self.launcher.memory(up[served.name], self.work / served.model), describe(up[served.name])
                 if None in memory.values():
                     raise ServerError(f"{served.name}: found {memory}; expected numbers for all of them")
+                account = (described["server_flags"].get("memory_usage") or {}).get("graph")
+                if (low := min(graph_entries(account), default=0.0)) < LEAST_GRAPHS_GIB:
+                    found = f"{low:.2f} GiB of CUDA graphs, for something else gave memory back while it booted"
+                    raise ServerError(f"{served.name}: found {found}; expected a server that is alone on its device")
             except (OSError, SoftpruneError) as error:
                 self.store.failed(name, error)
                 return
@@ -142,13 +157,13 @@ class Headroom:
             served = {field: documents[f"memory.{one}"][field] for field in DESCRIBED}
             self._keep_no_room(self._row(card, one), served, memory[one], rooms.pop(one), notes[one])
         servers = {VARIANTS[one]: tokens for one, tokens in rooms.items()}
-        seconds = self.budget.left - self.rows[self._row(card, variants[0])]
+        seconds = self.budget.left - self._least(self._row(card, variants[0]))
         with booted(self.launcher, servers, self.shape.graphs, self.work, seconds, self.store, *self.launcher.metrics_args) as up:
-            for one, tokens in rooms.items():
+            for one in rooms:
                 name, server = self._row(card, one), up.get(VARIANTS[one].name)
-                if server is None or not self.budget.fits(self.rows[name]):
+                if server is None or not self.budget.fits(self._least(name)):
                     continue
-                self._find(name, server, tokens // least, {**notes[one], "servers_on_gpu": str(len(servers))})
+                self._find(name, server, {**notes[one], "servers_on_gpu": str(len(servers))})
 
     def _notes(self, size: float, variant: str, memory: Mapping[str, Any], kv_tokens: int) -> dict[str, str]:
         """What the KV room was worked out from."""
@@ -166,23 +181,30 @@ class Headroom:
         self.store.keep(name, {**document, "tries": [], "max_batch": None, "limit": limit, "result": None, "error": None})
         typer.echo(f"{name}: {limit}")
 
-    def _find(self, name: str, server: Server, guess: int, notes: dict[str, str]) -> None:
+    def _find(self, name: str, server: Server, notes: dict[str, str]) -> None:
         began, shape = time.monotonic(), self.shape
+        document: dict[str, Any] = {}
 
         def say(tried: Try, number: int) -> None:
+            self.store.keep_part(name, document)
             typer.echo(f"{name}: try {number}, batch {tried.batch}: {tried.why or 'ran'}, {self.budget.left:.0f} s left")
 
         work = Workload(shape.prompt_tokens, shape.max_new_tokens, 0, self.launcher.token_ids)
         try:
-            document = max_batch(
-                f"http://127.0.0.1:{server.port}", work, shape.most, None, max(1, guess // 40), 3, True, key=server.key, notes=notes,
-                stall_seconds=180, progress=say,
+            max_batch(
+                f"http://127.0.0.1:{server.port}", work, shape.most, key=server.key, notes=notes, stall_seconds=180, progress=say,
+                into=document, until=began + self.budget.left, earlier=self.store.part(name),
             )  # fmt: skip
         except (OSError, SoftpruneError) as error:
             self.store.failed(name, error)
             return
+        if document["out_of_time"]:
+            self.store.keep_part(name, document)
+            typer.echo(f"{name}: {document['limit']}; {len(document['tries'])} tries are kept")
+            return
         self.store.keep(name, document)
-        self.budget.took(self.rows[name], time.monotonic() - began)
+        if not document["resumed"]:
+            self.budget.took(self.rows[name], time.monotonic() - began)
         typer.echo(f"{name}: {document['max_batch']} ({document['limit']})")
 
 

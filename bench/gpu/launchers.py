@@ -23,6 +23,7 @@ class Launcher(ABC):
 
     Attributes:
         name: of the engine's plan.
+        package: the engine's Python package.
         stream: whether speeds are measured on streams, while all of them decode. vLLM compiles kernels for each new number of prefilled
             rows and loses a second or two there; elsewhere whole answers are asked for, which costs the server less.
         preset: the shape that it is measured with.
@@ -31,6 +32,7 @@ class Launcher(ABC):
     """
 
     name: str
+    package: str
     stream: bool
     preset = "gpt-oss-20b"
     token_ids = (0, 480)
@@ -81,7 +83,7 @@ class Launcher(ABC):
 
 
 class Sglang(Launcher):
-    name, stream = "sglang", False
+    name, package, stream = "sglang", "sglang", False
     # Streams show whether all requests run at once; a chunk for every token would cost the server a tenth.
     metrics_args = ("--enable-metrics", "--stream-interval", "32")
 
@@ -114,7 +116,7 @@ def about(server: Server) -> dict[str, Any]:
 
 
 class Vllm(Launcher):
-    name, stream = "vllm", True
+    name, package, stream = "vllm", "vllm", True
     kv_bytes = 24 * 2 * 8 * 64 * 2
     """Of a token, at most: 24 layers, keys and values, 8 heads of 64 numbers, BF16. Layers with a window need less of it."""
     max_model_len = 4096

@@ -15,6 +15,7 @@ from softprune.bench.decode import Workload, local_gpus, measure
 from softprune.bench.gpu.launchers import Launcher
 from softprune.bench.gpu.plan import VARIANTS, Phase, Row
 from softprune.bench.gpu.prepare import masks_for, prepare, prepare_seconds
+from softprune.bench.gpu.run_file import facts_of
 from softprune.bench.gpu.session import Budget, Store, booted
 from softprune.bench.server import Server
 from softprune.errors import InputError, SoftpruneError
@@ -72,6 +73,7 @@ class Matrix:
                 )
                 continue
             prepare(self.work, models, self.launcher.preset)
+            self.store.measured_with(facts_of(self.launcher, self.work))
             self.masks = masks_for(self.work)
             typer.echo(f"{phase.name}: {len(servers)} servers at once on this device, {len(rows)} rows")
             room = max(phase.kv_tokens, max(row.kv_tokens for row in rows))

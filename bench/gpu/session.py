@@ -16,6 +16,7 @@ from typing import Any
 
 import typer
 
+from softprune.bench.gpu import run_file
 from softprune.bench.gpu.launchers import Launcher
 from softprune.bench.gpu.plan import Served
 from softprune.bench.server import Server, ServerError
@@ -53,11 +54,12 @@ class Budget:
         self._ratios.append(seconds / estimate_s)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Store:
-    """Raw files by row name, each written whole as soon as it is measured."""
+    """Raw files by row name, each written whole as soon as it is measured, and what they all were measured with (`run_file`)."""
 
     folder: Path
+    _facts: Mapping[str, Any] | None = None
 
     def open(self, resume: bool) -> None:
         """Make the folder.
@@ -66,16 +68,43 @@ class Store:
             InputError: it holds rows, and they are not to be gone on with.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.names and not resume:
-            raise InputError(str(self.folder), "", f"{len(self.names)} rows of an earlier run", "an empty folder, or --resume")
+        there = self.names or [path.name for path in self.folder.glob("*.partial")]
+        if there and not resume:
+            raise InputError(str(self.folder), "", f"{len(there)} rows of an earlier run", "an empty folder, or --resume")
+
+    def measured_with(self, facts: Mapping[str, Any]) -> None:
+        """Say what rows from now on are measured with.
+
+        Raises:
+            InputError: those that are there were measured with something else.
+        """
+        run_file.check(self.folder, facts, bool(self.names))
+        self._facts = facts
 
     @property
     def names(self) -> set[str]:
-        return {path.name.removesuffix(".json") for path in self.folder.glob("[!.]*.json")}
+        return {path.name.removesuffix(".json") for path in row_files(self.folder)}
 
     def keep(self, name: str, document: dict[str, Any]) -> None:
+        """A row, whose half-measured form and error are no longer needed; the first one also says what it was measured with."""
+        self._say()
         write_whole(self.folder / f"{name}.json", json.dumps(document, indent=1) + "\n")
-        (self.folder / f"{name}.error").unlink(missing_ok=True)
+        for old in ("error", "partial"):
+            (self.folder / f"{name}.{old}").unlink(missing_ok=True)
+
+    def keep_part(self, name: str, document: dict[str, Any]) -> None:
+        """What there is so far of a row that can be gone on with."""
+        self._say()
+        write_whole(self.folder / f"{name}.partial", json.dumps(document, indent=1) + "\n")
+
+    def part(self, name: str) -> dict[str, Any] | None:
+        """What `keep_part` kept; None for nothing."""
+        path = self.folder / f"{name}.partial"
+        return dict(json.loads(path.read_text())) if path.exists() else None
+
+    def _say(self) -> None:
+        if self._facts is not None and not (self.folder / run_file.NAME).exists():
+            run_file.write(self.folder, self._facts)
 
     def failed(self, name: str, error: Exception) -> None:
         """Say why there is no such row; it stays to be measured."""
@@ -86,6 +115,11 @@ class Store:
     def documents(self) -> dict[str, dict[str, Any]]:
         """All rows, by name."""
         return {name: json.loads((self.folder / f"{name}.json").read_text()) for name in sorted(self.names)}
+
+
+def row_files(folder: Path) -> list[Path]:
+    """Raw files of rows, in order of their names."""
+    return sorted(path for path in folder.glob("[!.]*.json") if path.name != run_file.NAME)
 
 
 @contextmanager

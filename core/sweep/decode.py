@@ -7,6 +7,7 @@ from typing import Any
 
 from softprune.bench.compare import FORMAT, Masks, Urls, compare
 from softprune.bench.prompts import Workload
+from softprune.errors import SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerClient
 
@@ -52,16 +53,18 @@ def decode_beside(base: ServerClient, server: ServerClient, mask: ExpertMask | N
         A document of `softprune bench compare`, B being the mask, without what single streams took.
 
     Raises:
-        SoftpruneError: as `softprune.bench.compare.compare`.
+        SoftpruneError: as `softprune.bench.compare.compare`, or someone else switched a mask meanwhile.
     """
     workload, names = Workload(decode.prompt_tokens, decode.max_new_tokens), (BASE_NAME, label)
     options: dict[str, Any] = {"repeats": decode.repeats, "engine_key": base.engine_key}
     if server is base:
         found = compare(Masks(base.url, None, mask, names), workload, [decode.batch], key=base.key, **options)
     else:
-        base.switch(None)
-        server.switch(mask)
-        found = compare(Urls(base.url, server.url, names), workload, [decode.batch], **options)
+        epochs = [base.switch(None)["epoch"], server.switch(mask)["epoch"]]
+        found = compare(Urls(base.url, server.url, names, (base.key, server.key)), workload, [decode.batch], **options)
+        after = [client.status()["mask_epoch"] for client in (base, server)]
+        if after != epochs:
+            raise SoftpruneError(f"{label}: found mask epochs {after} after decoding; expected {epochs}: someone else switched a mask")
     for row in found["results"]:
         for side in ("a", "b"):
             for one in row[side]["repeats"]:

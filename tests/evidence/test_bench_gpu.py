@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from softprune.bench.gpu.plan import VARIANTS, tiny
-from softprune.bench.gpu.session import PIDS
+from softprune.bench.gpu.session import PIDS, row_files
 from softprune.bench.report import write_report
 from tests.conftest import Evidence
 
@@ -44,12 +44,12 @@ def test_from_a_kill_to_the_figures(tmp_path: Path, evidence: Evidence) -> None:
     out, few = tmp_path / "out", tiny()[0].rows
     first = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 280
-    while len(list(out.glob("[!.]*.json"))) < 4 and time.monotonic() < deadline and first.poll() is None:
+    while len(row_files(out)) < 4 and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.02)
     pids = json.loads((tmp_path / "work" / PIDS).read_text())
     first.kill()
     first.wait()
-    before = {path.name: path.read_bytes() for path in out.glob("[!.]*.json")}
+    before = {path.name: path.read_bytes() for path in row_files(out)}
     assert 4 <= len(before) < len(few)
     assert alive(pids) == pids  # nobody could end them
     assert "expected an empty folder, or --resume" in run(tmp_path).stderr
@@ -61,7 +61,7 @@ def test_from_a_kill_to_the_figures(tmp_path: Path, evidence: Evidence) -> None:
     assert alive(pids) == []
     assert "left: none" in second.stdout
     assert {name: (out / name).read_bytes() for name in before} == before
-    assert {path.name for path in out.iterdir()} == {f"{row.name}.json" for row in few}
+    assert {path.name for path in out.iterdir()} == {f"{row.name}.json" for row in few} | {"run.json"}
     assert not (tmp_path / "work" / PIDS).exists()
 
     began = time.monotonic()

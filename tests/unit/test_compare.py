@@ -9,21 +9,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from softprune.bench import roofline
+from softprune.bench import sides as sides_module
 from softprune.bench.compare import Masks, Urls, compare
 from softprune.bench.decode import BenchmarkError, Step
 from softprune.bench.errors import HttpStatusError
+from softprune.bench.hollow import hollow_checkpoint
 from softprune.bench.prompts import Workload
+from softprune.bench.step_limits import StepLimits
+from softprune.checkpoint.presets import PRESETS, gpt_oss
 from softprune.cli import app
 from softprune.control import KEY_ENV
 from softprune.errors import InputError, SoftpruneError
 from softprune.mask import ExpertMask
-from softprune.server_client import ServerCallError, ServerClient
+from softprune.server_client import ServerCallError, ServerClient, without_address
+from softprune.sweep import decode as sweep_decode
+from softprune.sweep.decode import Decode, decode_beside
 from tests.unit.fake_control import REFUSED, FakeControl, FakeEngine, ServedFake, make_launch, make_mask
 from tests.unit.fake_server import Behaviour, FakeServer
 
@@ -200,6 +210,92 @@ def test_refusals_before_anything_is_measured(server: FakeServer, live: ServedFa
     assert "/v1/completions" not in live.engine.seen
     with pytest.raises(InputError, match="repeats: found 0"):
         compare(masks(live), SMALL, [1], repeats=0)
+
+
+def test_addresses_stay_out_of_the_document(server: FakeServer) -> None:
+    """Whatever an error names."""
+    named = {name: url.replace("127.0.0.1", "localhost") for name, url in (("a", server.url), ("b", server.second))}
+    server.behave(Behaviour("vllm", **FAST))
+
+    def fail(name: str, step: Step) -> None:
+        raise ServerCallError(named["b"], None, "", f"no route to {named['a']}/x of LOCALHOST")
+
+    document: dict[str, Any] = {}
+    with pytest.raises(ServerCallError, match="localhost"):
+        compare(Urls(named["a"], named["b"]), SMALL, [1], progress=fail, into=document)
+    assert document["error"] == "server B: no answer: no route to server A/x of the server's host"
+
+
+def test_without_address() -> None:
+    one = {"the server": "https://GPU-box.example:8443/base/"}
+    text = "https://gpu-box.example:8443/base: HTTP 500 from gpu-box.example."
+    assert without_address(text, one) == "the server: HTTP 500 from the server."
+    text = "GPU-BOX.example:8443, not gpu-box.example.org or my-gpu-box.example"
+    assert without_address(text, one) == "the server, not gpu-box.example.org or my-gpu-box.example"
+    two = {"server A": "http://h:80", "server B": "http://[::1]:300"}
+    assert without_address("h:80 http://h [::1]:300 http://[::1]:3000 ::1", two).startswith("server A http://server A server B http://")
+    assert "::1" not in without_address("http://[::1]:3000 ::1", two)
+    assert without_address("as it is", {}) == "as it is"
+
+
+def test_keys_of_two_servers(server: FakeServer) -> None:
+    server.behave(Behaviour("vllm", **FAST, key="one"))
+    options: list[tuple[tuple[str | None, str | None], str | None, list[bool]]] = [
+        (("one", None), None, [True, False]), ((None, None), None, [False, False]), (("one", "one"), None, [True, True]),
+        ((None, "two"), "one", [True, False]),
+    ]  # fmt: skip
+    for keys, key, seen in options:
+        document = compare(Urls(server.url, server.second, keys=keys), SMALL, [1], 1, 0, key=key)
+        assert [document["sides"][name]["softprune"] is not None for name in "ab"] == seen
+
+
+def test_statistics_that_do_not_fit_are_refused_before_a_pass(live: ServedFake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a mask keeps was counted in one layer."""
+    shape = gpt_oss(num_layers=3, num_experts=8, hidden=128, intermediate=128, heads=4, kv_heads=2, vocab=1024)
+    monkeypatch.setitem(PRESETS, "odd", shape)
+    hollow_checkpoint("odd", tmp_path / "odd")
+    counts = np.ones((3, 8), np.int64)
+    counts[1, :4] = 0
+    monkeypatch.setattr(roofline, "decode_counts", lambda _: counts)
+    monkeypatch.setattr(sides_module, "_has_probe", lambda _: False)
+    statistics: Any = SimpleNamespace(source="stats.safetensors", header=SimpleNamespace(tokens={}, mask=None))
+    limits = StepLimits({"a": tmp_path / "odd", "b": tmp_path / "odd"}, statistics, 10.0)
+    before = live.api.in_force
+    with pytest.raises(InputError, match="stats.safetensors: router.count: found no selection of an expert that is kept in layer 1"):
+        compare(masks(live), SMALL, [1], limits=limits, **OPTIONS)
+    assert "/v1/completions" not in live.engine.seen
+    assert before is not None
+    assert live.api.in_force is not None
+    assert live.api.in_force.hash == before.hash
+
+
+class Meddler(list[str]):
+    """Paths that a server was asked for; with the first benchmark request, someone takes another server's mask away."""
+
+    def __init__(self, other: ServedFake) -> None:
+        super().__init__()
+        self.other = other
+
+    def append(self, path: str) -> None:
+        if path == "/v1/completions" and path not in self:
+            ServerClient(self.other.url, "right").delete_mask()
+        super().append(path)
+
+
+def test_decode_beside_another_server(live: ServedFake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are seen with keys of their own, and serve the same masks throughout."""
+    monkeypatch.delenv(KEY_ENV)
+    with ServedFake() as base:
+        own = (ServerClient(base.url, "right"), ServerClient(live.url, "right"))
+        mask, decode = mask_of(4, live), Decode(1, 8, 6, 1)
+        monkeypatch.setattr(sweep_decode, "compare", partial(compare, api="openai"))
+        found = decode_beside(*own, mask, "keep4", decode)
+        assert [found["sides"][name]["softprune"]["mask_hash"] for name in "ab"] == [None, mask.hash]
+        for one, other in ((base, live), (live, base)):
+            one.engine.seen = Meddler(other)
+            with pytest.raises(SoftpruneError, match="keep4: found mask epochs .* someone else switched a mask"):
+                decode_beside(*own, mask, "keep4", decode)
+            one.engine.seen = []
 
 
 def cli(*arguments: object) -> tuple[int, str]:

@@ -20,8 +20,9 @@ from softprune.bench.decode import DecodeClient, Repeat, Step, Stream, measure
 from softprune.bench.prompts import Api, ReportedError, Workload, counts_of_answer
 from softprune.bench.server import free_port
 from softprune.cli import app
-from softprune.control import KEY_ENV
+from softprune.control import KEY_ENV, key_file
 from softprune.errors import InputError
+from softprune.server_client import ServerClient
 from tests.unit.fake_server import SGLANG_INFO, Behaviour, FakeServer
 
 ENGINES: dict[Api, str] = {"sglang": "sglang", "openai": "vllm"}
@@ -47,6 +48,19 @@ def passes(url: str, work: Workload, api: Api, stream: bool, batch: int, good: C
             return result
 
     return asyncio.run(run())
+
+
+def test_the_key_is_found_as_other_clients_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SOFTPRUNE_KEY's for every server; a file's for servers on this machine only."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv(KEY_ENV, raising=False)
+    key_file(7).parent.mkdir(parents=True)
+    key_file(7).write_text("left")
+    urls = ("http://localhost:7", "http://gpu-box.example:7")
+    assert [DecodeClient(url, SMALL)._key for url in urls] == ["left", None]
+    monkeypatch.setenv(KEY_ENV, "given")
+    assert [DecodeClient(url, SMALL)._key for url in urls] == ["given"] * 2
+    assert [ServerClient(url).key for url in urls] == ["given"] * 2
 
 
 def near(found: float | None, known: float, share: float = 0.01) -> bool:

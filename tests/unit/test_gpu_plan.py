@@ -24,10 +24,15 @@ from softprune.bench.gpu.headroom import Headroom, Shape
 from softprune.bench.gpu.launchers import Sglang, Vllm, VllmCpu
 from softprune.bench.gpu.matrix import Matrix
 from softprune.bench.gpu.plan import PLANS, REWRITTEN, VARIANTS, Phase, Served, rounds
+from softprune.bench.gpu.prepare import prepare
+from softprune.bench.gpu.run_file import facts_of
 from softprune.bench.gpu.session import Budget, Store, stop_leftovers
+from softprune.bench.max_batch import Try
 from softprune.bench.report_read import read_rows
 from softprune.bench.server import ServerError
-from softprune.errors import InputError
+from softprune.bench.tiny.weights import TRAINED
+from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
+from softprune.errors import CheckpointError, InputError
 from tests.unit.fake_server import Behaviour, FakeServer
 
 SGLANG = {(1, 512), (8, 512), (64, 512), (256, 512), (32, 2048), (128, 2048)}
@@ -127,6 +132,46 @@ def test_servers_of_a_killed_run_are_ended_and_no_others(tmp_path: Path) -> None
     stop_leftovers(tmp_path)
 
 
+FACTS = {"gpu": "G", "engine": "vllm", "engine_version": "1", "preset": "tiny", "fingerprint": "sha256:a", "softprune_version": "0"}
+
+
+def test_rows_of_other_runs_are_refused(tmp_path: Path) -> None:
+    """Before anything is measured; only a first row says with what the folder's rows are measured."""
+    store = Store(tmp_path)
+    store.open(resume=True)
+    store.measured_with({**FACTS, "gpu": "H"})
+    store.measured_with(FACTS)
+    store.keep("a", {"x": 1})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"format": "softprune.gpu-run", "version": 1, **FACTS}
+    assert (store.names, store.documents()) == ({"a"}, {"a": {"x": 1}})
+    again = Store(tmp_path)
+    again.measured_with(FACTS)
+    for field in FACTS:
+        with pytest.raises(InputError, match=f"run.json: {field}: found .*; expected 'other', as it is now"):
+            again.measured_with({**FACTS, field: "other"})
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run\.json: found Expecting"):
+        again.measured_with(FACTS)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(InputError, match=r"run\.json: found no such file beside rows"):
+        again.measured_with(FACTS)
+
+
+def test_checkpoints_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    prepare(tmp_path, ["rewritten24"], "tiny")
+    prepare(tmp_path, ["rewritten24"], "tiny")
+    assert facts_of(VllmCpu(), tmp_path)["fingerprint"] == fingerprint_of_checkpoint(TRAINED)
+    with pytest.raises(CheckpointError, match=r"base/config\.json: found ModelSpec.*24.*or another WORK_DIR|expected ModelSpec"):
+        prepare(tmp_path, [], "gpt-oss-20b")
+    (tmp_path / "rewritten24").rename(tmp_path / "rewritten16")
+    with pytest.raises(CheckpointError, match="num_experts=24.*expected .*num_experts=16"):
+        prepare(tmp_path, ["rewritten16"], "tiny")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    with pytest.raises(CheckpointError, match="vocab_size: found 7; expected"):
+        prepare(tmp_path, [], "tiny")
+
+
 class Fakes:
     """Fake servers in place of real ones: what boots, and what masks are put."""
 
@@ -155,6 +200,7 @@ class Fakes:
         monkeypatch.setattr(matrix, "prepare", lambda *_: None)
         monkeypatch.setattr(matrix, "prepare_seconds", lambda *_: 0)
         monkeypatch.setattr(matrix, "masks_for", lambda _: {})
+        monkeypatch.setattr(matrix, "facts_of", lambda *_: FACTS)
         monkeypatch.setattr(Matrix, "_put", put)
         monkeypatch.setattr(Matrix, "_check_served", lambda *_: None)  # fake servers do not know masks
 
@@ -190,7 +236,12 @@ def test_rows_are_kept_and_not_measured_again(server: FakeServer, tmp_path: Path
     assert document["notes"]["variant"] == "keep24"
     assert document["settings"]["max_new_tokens"] == 24
     assert document["results"][0]["batch"] == 2
-    assert len(list((tmp_path / "out").iterdir())) == sum(len(phase.rows) for phase in PHASES)
+    assert len(list((tmp_path / "out").iterdir())) == sum(len(phase.rows) for phase in PHASES) + len(["run.json"])
+    monkeypatch.setattr(matrix, "facts_of", lambda *_: {**FACTS, "gpu": "H"})
+    (tmp_path / "out" / "keep24.bs2.new24.r2.json").unlink()
+    with pytest.raises(InputError, match="gpu: found 'G'; expected 'H'"):
+        run(server, tmp_path, 600).run()
+    (tmp_path / "out" / "keep24.bs2.new24.r2.json").write_bytes(before)
     assert run(server, tmp_path, 600).run() == []
     assert len(fakes.boots) == 3
 
@@ -252,25 +303,57 @@ def test_headroom_goes_from_memory_to_searches(tmp_path: Path, monkeypatch: pyte
         boots.append({one.name: tokens for one, tokens in rooms.items()})
         yield {one.name: Up(one.name) for one in rooms}
 
-    def found(url: str, workload: Any, most: int, start: Any, step: int, *_: Any, notes: dict[str, str], **__: Any) -> dict[str, Any]:
-        return {"format": "softprune.max-batch", "max_batch": step, "limit": "preempted", "notes": notes}
+    searches: list[Any] = []
+    late: list[bool] = []
+
+    def found(url: str, workload: Any, most: int, *, notes: dict[str, str], into: dict[str, Any], until: float, **given: Any) -> None:
+        assert until - time.monotonic() <= budget[0] - session.STOPPING_S
+        searches.append(given["earlier"])
+        into.update(format="softprune.max-batch", notes=notes, tries=["t"], max_batch=None, limit="not known", out_of_time=True, resumed=0)
+        given["progress"](Try(1, "search", None, 0, 1, 1, None, None), 1)
+        if not late:
+            into.update(max_batch=7, limit="preempted", out_of_time=False, resumed=1 if given["earlier"] else 0)
 
     monkeypatch.setattr(headroom, "booted", booted)
     monkeypatch.setattr(headroom, "prepare", lambda *_: None)
     monkeypatch.setattr(headroom, "prepare_seconds", lambda *_: 0)
+    monkeypatch.setattr(headroom, "facts_of", lambda *_: FACTS)
     monkeypatch.setattr(headroom, "max_batch", found)
-    described = {"engine": {"name": "SGLang", "version": "1"}, "model": "m", "server_flags": {}, "gpu": "G", "softprune": None}
+    described: dict[str, Any] = {
+        "engine": {"name": "SGLang", "version": "1"},
+        "model": "m",
+        "server_flags": {},
+        "gpu": "G",
+        "softprune": None,
+    }
     monkeypatch.setattr(headroom, "describe", lambda _: described)
     store = Store(tmp_path)
     shape = Shape(cards_gib=(14.5, 24))
 
-    def go(limit_s: float) -> list[str]:
-        return Headroom(Card(), shape, tmp_path, store, Budget(limit_s + session.STOPPING_S)).run()
+    budget = [0.0]
 
+    def go(limit_s: float) -> list[str]:
+        budget[0] = limit_s + session.STOPPING_S
+        return Headroom(Card(), shape, tmp_path, store, Budget(budget[0])).run()
+
+    # What a server's memory is told to hold is taken only if nothing else gave memory back meanwhile.
+    described["server_flags"] = {"memory_usage": {"graph": {"decode": -0.7, "prefill": 1.9}}}
+    assert len(go(65)) == 9
+    assert "found -0.70 GiB of CUDA graphs" in (tmp_path / "memory.unmasked.error").read_text()
+    described["server_flags"] = {"memory_usage": {"graph": {"decode": -0.02, "prefill": 1.2}}}
+    boots.clear()
     assert len(go(65)) == 6
     assert boots == [{"plain": 80_000}, {"rewritten16": 80_000}, {"rewritten24": 80_000}]
-    # 14.5 GiB less 1, 12.8 and 1.2 leaves nothing for the whole checkpoint.
+    # 14.5 GiB less 1, 12.8 and 1.2 leaves nothing for the whole checkpoint. Searches whose time is over keep their tries.
+    late.append(True)
+    assert len(go(1000)) == 5
+    assert json.loads((tmp_path / "max_batch.14.5gib.keep16.partial").read_text())["tries"] == ["t"]
+    assert searches == [None] * 5
+    late.clear()
+    del boots[3:], searches[:]
     assert go(1000) == []
+    assert [one["tries"] for one in searches] == [["t"]] * 5
+    assert list(tmp_path.glob("*.partial")) == []
     none = read_rows([tmp_path / "max_batch.14.5gib.unmasked.json"]).largest
     assert [(one.batch, one.kv_tokens, one.limit) for one in none] == [(None, 0, "room for 0 KV tokens; a request needs 2304")]
     assert boots[3:] == [
@@ -288,7 +371,7 @@ def test_figures(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyP
     raw, results = tmp_path / "out", tmp_path / "results"
     results.mkdir()
     assert run(server, tmp_path, 600).run() == []
-    for path in raw.iterdir():
+    for path in session.row_files(raw):
         document = json.loads(path.read_text())
         factor = {"unmasked": 1.0, "keep24": 1.1, "keep24_rewritten": 1.0}.get(document["notes"]["variant"], 1.2)
         document["results"][0]["decode_tok_s"]["median"] = 100 * factor
@@ -322,7 +405,7 @@ def test_only_rows_of_one_boot_are_compared() -> None:
     assert found["ratio"]["verdict"] == "too few pairs"
 
 
-def test_largest_batches_become_headlines(tmp_path: Path) -> None:
+def test_largest_batches_become_headlines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw, results = tmp_path / "raw", tmp_path / "results"
     raw.mkdir()
     results.mkdir()
@@ -331,6 +414,7 @@ def test_largest_batches_become_headlines(tmp_path: Path) -> None:
         document = {
             "format": "softprune.max-batch", "version": 1, "engine": {"name": "SGLang", "version": "1"}, "model": "base", "gpu": "G",
             "server_flags": {}, "notes": {"variant": variant, "card_gib": str(card)}, "max_batch": batch, "result": result,
+            "next_failed": batch + 1,
         }  # fmt: skip
         (raw / f"{card}{variant}.json").write_text(json.dumps(document))
     write_figures(raw, results)
@@ -343,6 +427,17 @@ def test_largest_batches_become_headlines(tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(InputError, match="no rows"):
         write_figures(results / "none", results)
+    document = json.loads((raw / "24keep16.json").read_text())
+    (raw / "24keep16.json").write_text(json.dumps({**document, "next_failed": 153}))
+    assert not [name for name in write_figures(raw, results) if "24gib" in name]
+    assert "24gib.keep16: no headline: at least 150 run, 153 do not" in capsys.readouterr().out
+    (raw / "run.json").write_text("{}")  # no row
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+    for other in ({"gpu": "H"}, {"engine": {"name": "SGLang", "version": "2"}}, {"softprune_version": "2"}):
+        (raw / "24keep16.json").write_text(json.dumps({**document, **other}))
+        with pytest.raises(InputError, match="GPU, SGLang version, softprune version: found .*; .*; expected the same ones in every row"):
+            write_figures(raw, results)
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == before
 
 
 def test_commands() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,76 @@ def test_a_repeat_that_fails_is_searched_below(server: FakeServer) -> None:
     assert [one["batch"] for one in document["tries"] if one["kind"] == "repeat"] == [6, 6, 5, 5]
 
 
+@pytest.mark.parametrize(("most", "found"), [(1, None), (2, 1)])
+def test_a_repeat_that_fails_where_nothing_smaller_ran(server: FakeServer, most: int, found: int | None) -> None:
+    """Requests: 1 of warm-up, `most` of the search, and the first of the repeat fails."""
+    server.behave(Behaviour("vllm", **SLOW, fault="short", faulty=1 + most))
+    document = max_batch(server.url, WORK, most=most, start=most, repeats=2)
+    assert document["max_batch"] == found, document["tries"]
+    assert (document["next_failed"], document["not_monotone"]) == (most, [most])
+    assert document["limit"].startswith(f"error at {most}: batch {most}, repeat 2, stream 0: found 7 generated tokens")
+    assert (document["result"] is None) == (found is None)
+    assert [one["batch"] for one in document["tries"]] == [most, most, *([1] * 3 if found else [])]
+
+
+def test_a_search_out_of_time_goes_on(server: FakeServer) -> None:
+    server.behave(Behaviour("vllm", **SLOW, capacity=9, full="error"))
+    whole = max_batch(server.url, WORK, most=40, start=4, repeats=2)
+    sizes = [one["batch"] for one in whole["tries"]]
+    assert sizes == [4, 8, 16, 12, 10, 9, 9, 9]
+    assert (whole["out_of_time"], whole["resumed"]) == (False, 0)
+    none = max_batch(server.url, WORK, most=40, start=4, until=time.monotonic())
+    assert (none["out_of_time"], none["tries"], none["limit"]) == (
+        True, [], "not known: out of time with the answer between 0 and 40",
+    )  # fmt: skip
+    clock = Clock(4)
+    part = max_batch(server.url, WORK, most=40, start=4, repeats=2, until=clock.end, progress=clock)
+    assert [one["batch"] for one in part["tries"]] == sizes[:4]
+    assert (part["out_of_time"], part["max_batch"], part["result"], part["error"]) == (True, None, None, None)
+    assert part["limit"] == "not known: out of time with the answer between 8 and 11"
+    part = json.loads(json.dumps(part))
+    rest = max_batch(server.url, WORK, most=40, start=4, repeats=2, earlier=part)
+    assert rest["tries"][:4] == part["tries"]
+    assert ([one["batch"] for one in rest["tries"]], rest["resumed"]) == (sizes, 4)
+    assert (rest["max_batch"], rest["limit"].startswith("error at 10: batch 10")) == (9, True)
+    other = max_batch(server.url, Workload(8, 11), most=4, start=4, repeats=1, earlier=part)
+    assert ([one["batch"] for one in other["tries"]], other["resumed"]) == ([4, 4], 0)
+    # The size that failed in the first part is why the answer is what it is.
+    least = max_batch(server.url, WORK, most=40, start=4, repeats=1, earlier={**part, "tries": part["tries"][2:]})
+    assert least["max_batch"] == 9
+
+
+class Clock:
+    """An end of time that comes after so many tries."""
+
+    def __init__(self, tries: int) -> None:
+        self.tries, self.end = tries, End()
+
+    def __call__(self, tried: object, number: int) -> None:
+        if number == self.tries:
+            self.end.over = True
+
+
+class End(float):
+    """Later than everything, until it is over."""
+
+    over = False
+
+    def __lt__(self, other: float) -> bool:
+        return self.over
+
+
+def test_no_address_in_the_document(server: FakeServer) -> None:
+    """A server's error may name it."""
+    url = server.url.replace("127.0.0.1", "localhost")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softprune.bench.errors.BenchmarkError.__str__", lambda _: f"{url}: no room on localhost")
+        server.behave(Behaviour("vllm", **SLOW, fault="short", faulty=1))
+        document = max_batch(url, WORK, most=1, repeats=1)
+        assert document["limit"] == "error at 1: the server: no room on the server"
+        assert "localhost" not in json.dumps(document)
+
+
 def test_a_server_that_goes_away_ends_the_search(tmp_path: Path) -> None:
     with FakeServer() as fake:
         fake.behave(Behaviour("vllm", **SLOW))
@@ -155,6 +226,8 @@ def test_sglang_shows_priorities_beside_their_sum() -> None:
     ]  # fmt: skip
     assert load_of(parse("\n".join(lines)), "SGLang") == Load(5, 0, 0)
     flags = {"memory_usage": {"weight": 12.5, "kvcache": 3.25, "token_capacity": 65536, "graph": {"decode": 0.25, "prefill": 0.5}}}
+    for graphs, known in (({"decode": -0.7, "prefill": 0.5}, 0.5), (-0.02, 0.0), (0.9, 0.9), (None, None)):
+        assert memory_of({"memory_usage": {**flags["memory_usage"], "graph": graphs}}, {})["graphs_gib"] == known
     assert memory_of(flags, {}) == {
         "weights_gib": 12.5, "kv_gib": 3.25, "graphs_gib": 0.75, "kv_tokens": 65536, "kv_blocks": None, "block_size": None,
     }  # fmt: skip

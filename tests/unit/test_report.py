@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,40 @@ def test_ratios(tmp_path: Path) -> None:
     assert "ran on" in report(tmp_path, comparison(gpu="NVIDIA H200"))
 
 
+def served(text: str) -> list[str]:
+    """What the speed tables say is served, and the speeds."""
+    return [" | ".join((line.split(" | ")[1], line.split(" | ")[3])) for line in lines(text, "SGLang") if line.startswith("| base")]
+
+
+def test_sides_are_never_pooled(tmp_path: Path) -> None:
+    """Two masks that keep as many experts, and two servers that say the same of themselves."""
+    document = comparison()
+    document["results"][0]["b"] = row(8, 200.0, 201.0, 202.0)
+    other = {**KEEP24, "mask_hash": "sha256:0123456789ef"}
+    for name, mask in (("a", {**KEEP24, "mask_hash": "sha256:fedcba9876"}), ("b", other)):
+        document["sides"][name]["softprune"] = mask
+    assert served(report(tmp_path, document)) == [
+        "keep 24, top_k 4, mask fedcba98 | 101.0", "keep 24, top_k 4, mask 01234567 | 201.0",
+    ]  # fmt: skip
+    # And over files: B once more is the same row, a largest batch under the other mask is told apart.
+    text = report(tmp_path, document, decode(row(8, 203.0), softprune=other), {**max_batch(50.0), "softprune": other})
+    assert served(text)[1] == "keep 24, top_k 4, mask 01234567 | 201.5"
+    assert "mask " not in "".join(served(report(tmp_path, comparison())))
+    for name in ("a", "b"):
+        document["sides"][name] |= {"softprune": None, "name": {"a": "first server", "b": "second server"}[name]}
+    expected = ["without softprune, first server | 101.0", "without softprune, second server | 201.0"]
+    assert served(report(tmp_path, document)) == expected
+    document["sides"]["b"]["name"] = "first server"
+    assert [text.split(" | ")[0] for text in served(report(tmp_path, document))] == ["without softprune, A", "without softprune, B"]
+    one, two = (decode(row(8, 1.0), softprune={**KEEP24, "fingerprint": f"sha256:{digit * 9}"}) for digit in "12")
+    assert served(report(tmp_path, one, two)) == ["keep 24, top_k 4, model 11111111 | 1.0 †", "keep 24, top_k 4, model 22222222 | 1.0 †"]
+
+
+def test_flags_of_a_comparison_are_known(tmp_path: Path) -> None:
+    assert "different flags" in report(tmp_path, comparison(), decode(row(8, 1.0), server_flags={"max_total_tokens": 5}))
+    assert "different flags" not in report(tmp_path, comparison(), decode(row(8, 1.0), server_flags={"random_seed": 5}))
+
+
 def test_largest_batch_and_memory(tmp_path: Path) -> None:
     text = report(tmp_path, max_batch(50.0, 51.0, 52.0), max_batch())
     assert lines(text, "Largest batch: SGLang 0.5.17, NVIDIA H100, 256 + 512 tokens, while") == [
@@ -145,6 +181,9 @@ def test_largest_batch_and_memory(tmp_path: Path) -> None:
     assert "Memory of servers that shared a GPU while they booted is left out" in text
     assert not (tmp_path / "out" / "memory.svg").exists()
     assert "| 41.40 | 4.90 | 3.20 |" in report(tmp_path, decode(row(8, 1.0), server_flags={"memory_usage": usage}))
+    assert "| 41.40 | 4.90 | 0.90 |" in report(tmp_path, decode(row(8, 1.0), server_flags={"memory_usage": {**usage, "graph": 0.9}}))
+    assert "| 10 | preempted" in report(tmp_path, {**max_batch(50.0), "next_failed": 11})
+    assert "| at least 10 | preempted" in report(tmp_path, {**max_batch(50.0), "next_failed": 13})
 
 
 def test_same_rows_same_bytes_and_small_pictures(tmp_path: Path) -> None:
@@ -180,6 +219,11 @@ def test_packed_documents_come_back(tmp_path: Path) -> None:
         ({"format": "softprune.decode-benchmark", "version": 1}, "0.json: model: found nothing; expected this field"),
         (decode(), "results: found none; expected at least one measured row"),
         ([1], "found [1]; expected a JSON object"),
+        ({"format": [], "version": 1}, "0.json: format, version: found []"),
+        ({**decode(row(8, 1.0)), "results": [None]}, "0.json: found a field of another type"),
+        ({**decode(row(8, 1.0)), "server_flags": None}, "0.json: found a field of another type"),
+        (decode(row(8)), "0.json: found a field of another type (no repeats)"),
+        (packed([{**decode(row(8, 1.0)), "settings": 5}], "a matrix", []), "0.json: a matrix: found a field of another type"),
     ],
 )
 def test_files_that_are_no_raw_files(tmp_path: Path, document: Any, message: str) -> None:
@@ -187,6 +231,18 @@ def test_files_that_are_no_raw_files(tmp_path: Path, document: Any, message: str
         report(tmp_path, document)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    """Errors are lines, not tracebacks."""
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench/results/headline.json").write_text("{}")
+    for arguments in (["missing.json", "-o", "out"], ["--readme", "missing.md"]):
+        command = [sys.executable, "-m", "softprune.bench.report", *arguments]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        assert (found.returncode, found.stderr.startswith("error: ")) == (1, True), found.stderr
+        assert "missing." in found.stderr
+        assert "Traceback" not in found.stderr
 
 
 def test_command_on_what_decode_writes(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from softprune.bench.bandwidth import given
 from softprune.bench.hollow import hollow_checkpoint
 from softprune.bench.prompts import Workload
 from softprune.bench.step_limits import StepLimits
+from softprune.checkpoint.families import read_config, spec_of
 from softprune.checkpoint.presets import PRESETS, gpt_oss
 from softprune.checkpoint.synth import synth_checkpoint
 from softprune.errors import CheckpointError, InputError
@@ -95,14 +96,14 @@ def test_a_tied_embedding_is_read_as_the_output_head(shape_20b: Path) -> None:
 
 
 def test_counted_routing() -> None:
-    chosen = roofline.counted(np.array([[10, 20, 30, 40]]), 2)
+    chosen = roofline.counted(np.array([[10, 20, 30, 40]]), 2, "x")
     assert chosen == pytest.approx(np.array([[0.2, 0.4, 0.6, 0.8]]))
     assert roofline.distinct(chosen, 2) == pytest.approx([0.36 + 0.64 + 0.84 + 0.96])
-    assert roofline.counted(np.array([[10, 20, 30, 40]]), 2, [[3]]) == pytest.approx(np.array([[1 / 3, 2 / 3, 1, 0]]))
+    assert roofline.counted(np.array([[10, 20, 30, 40]]), 2, "x", [[3]]) == pytest.approx(np.array([[1 / 3, 2 / 3, 1, 0]]))
     # No token chooses an expert twice: 90 of 100 with top-2 is always, and the others share one choice.
-    assert roofline.counted(np.array([[90, 5, 5, 0]]), 2) == pytest.approx(np.array([[1, 0.5, 0.5, 0]]))
-    with pytest.raises(ValueError, match="layer 1: no selection"):
-        roofline.counted(np.array([[1, 2], [3, 0]]), 1, [[], [0]])
+    assert roofline.counted(np.array([[90, 5, 5, 0]]), 2, "x") == pytest.approx(np.array([[1, 0.5, 0.5, 0]]))
+    with pytest.raises(InputError, match="x: router.count: found no selection of an expert that is kept in layer 1"):
+        roofline.counted(np.array([[1, 2], [3, 0]]), 1, "x", [[], [0]])
 
 
 def served(**softprune: Any) -> dict[str, Any]:
@@ -117,6 +118,9 @@ def test_limits_of_a_side(tmp_path: Path) -> None:
     assert limits.find_bandwidth(None, local=False) == given(10.0)
     plain = limits.of("a", served(), None, None, 1, work)
     assert (plain["routing"], plain["distinct_experts"]) == ("uniform", pytest.approx(4.0))
+    mask = build(spec_of(read_config(tmp_path / "tiny")), [list(range(16))] * 4, None, {}, "test")
+    unseen = limits.of("b", served(), mask, None, 64, work)  # a server that does not tell what it serves
+    assert unseen["distinct_experts"] == pytest.approx(16 * (1 - 0.75**64))
     fewer = limits.of("b", served(num_kept=[16] * 4, top_k=2), None, None, 64, work)
     assert fewer["distinct_experts"] == pytest.approx(16 * (1 - 0.875**64))
     probe = np.zeros((4, 32), np.int64)
