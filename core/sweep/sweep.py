@@ -23,7 +23,7 @@ from softprune.evaluate.gates import Gates
 from softprune.evaluate.pair import compare
 from softprune.files import write_whole
 from softprune.mask import ExpertMask, read_json
-from softprune.server_client import ServerClient
+from softprune.server_client import ServerClient, without_address
 from softprune.server_mask import mask_put_back, terminated_by_signal
 from softprune.sweep.cells import Cell
 from softprune.sweep.decode import Decode, decode_beside, is_of
@@ -142,7 +142,8 @@ class Sweep:
                     document["cells"] = _with_front(entries)
                     self._write(document)
         except BaseException as error:
-            document["error"] = str(error) or type(error).__name__
+            servers = {f"server {i}": client.url for i, client in enumerate(self._clients, 1)}
+            document["error"] = without_address(str(error), servers) or type(error).__name__
             self._write(document)
             raise
         return document

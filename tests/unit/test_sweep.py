@@ -174,6 +174,7 @@ def test_one_that_is_cut_off(servers: Any, packs: Any, tmp_path: Path) -> None:
     cut = json.loads((tmp_path / "cut" / "sweep.json").read_text())
     assert [one["label"] for one in cut["cells"]] == ["keep6"]
     assert "no answer" in cut["error"]
+    assert "127.0.0.1" not in cut["error"]
     assert fake.api.in_force is not None
     assert fake.api.in_force.hash == mask_of(7, fake).hash
     fake.engine.fault, asked = "", len(fake.engine.scored)
