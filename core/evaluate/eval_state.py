@@ -46,6 +46,9 @@ class Asked(BaseModel):
     Attributes:
         engine: with its version.
         model: the name under which it is served.
+        path, tokenizer: last parts of theirs.
+        context: see `Served`.
+        computes: likewise.
         fingerprint, mask, top_k: what is served, as far as softprune says.
         entropy_topk: tokens that H is of.
         block_form: L or L+1.
@@ -57,6 +60,10 @@ class Asked(BaseModel):
 
     engine: str
     model: str
+    path: str
+    tokenizer: str
+    context: int | None
+    computes: dict[str, str]
     fingerprint: str | None
     mask: str | None
     top_k: int | None
@@ -108,6 +115,11 @@ class ScoreStore:
     def missing(self) -> list[int]:
         """Blocks without scores, in order."""
         return [int(number) for number in np.flatnonzero(self._place < 0)]
+
+    @property
+    def present(self) -> list[int]:
+        """Blocks with scores, in order."""
+        return [int(number) for number in np.flatnonzero(self._place >= 0)]
 
     def add(self, number: int, scores: TokenScores, seconds: float) -> None:
         """Keep a block's scores.
