@@ -46,10 +46,9 @@ class Asked(BaseModel):
     Attributes:
         engine: with its version.
         model: the name under which it is served.
-        path, tokenizer: last parts of theirs.
-        context: see `Served`.
-        computes: likewise.
         fingerprint, mask, top_k: what is served, as far as softprune says.
+        path, tokenizer: last parts of theirs.
+        context, computes: see `Served`.
         entropy_topk: tokens that H is of.
         block_form: L or L+1.
         order: seed of the order in which blocks are sent; None for the packs' own.
@@ -60,13 +59,13 @@ class Asked(BaseModel):
 
     engine: str
     model: str
+    fingerprint: str | None
+    mask: str | None
+    top_k: int | None
     path: str
     tokenizer: str
     context: int | None
     computes: dict[str, str]
-    fingerprint: str | None
-    mask: str | None
-    top_k: int | None
     entropy_topk: int
     block_form: Literal["L", "L+1"]
     order: int | None

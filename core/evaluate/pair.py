@@ -6,6 +6,7 @@ data in the same way, so that their numbers must not be compared; none are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from softprune.evaluate.plane import Plane, confident_conflict
 MAX_BIAS = 0.005
 """Raw JS2D is judged where its bias stays below this: a quarter of the limit of near-lossless-v1 (spec/metrics.md 2)."""
 MIN_TOKENS = 200
-"""Fewer cannot pass by raw JS2D. If all cells were alone, it would be ln 2 for each token that moved; then, of 200 of which as few moved as
-a JS2D of 0.04 takes at least, 2.4 % of all draws stay within 0.02."""
+"""Fewer cannot pass by JS2D, unless the limit is ln 2, which it never exceeds. If all cells were alone, it would be ln 2 for each token
+that moved; then, of 200 of which as few moved as a JS2D of 0.04 takes at least, 2.4 % of all draws stay within 0.02."""
 MIN_DENSITY = 4.0
 """Tokens that moved for each cell that one left or entered, from which on the corrected value's interval is judged; see `_judged`."""
 TOO_FEW = "too few tokens for JS2D"
@@ -148,7 +149,7 @@ def _judged(js2d: Js2d, enough: bool, tokens: int, limit: float) -> tuple[float 
     """
     if enough and tokens >= MIN_TOKENS:
         return js2d.raw, "raw"
-    if tokens < MIN_TOKENS:
+    if tokens < MIN_TOKENS and limit < math.log(2):
         return None, f"{TOO_FEW}: {tokens:,}; {MIN_TOKENS} at least"
     if js2d.raw <= limit:
         return js2d.raw, "raw, which few tokens only raise"
