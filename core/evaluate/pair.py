@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from softprune.evaluate.bootstrap import Drawn, Interval, cc_rates, draw_blocks
 from softprune.evaluate.evaluation import Cell, Evaluation
 from softprune.evaluate.gate_result import GateResult, Row, Verdict
 from softprune.evaluate.gates import Gates, RowDeltas, check_row
-from softprune.evaluate.js2d import MIN_BLOCKS, Js2d, independent, paired
+from softprune.evaluate.js2d import MIN_BLOCKS, Js2d, effective_blocks, independent, paired
 from softprune.evaluate.plane import Plane, confident_conflict
 
 MAX_BIAS = 0.005
@@ -154,7 +155,7 @@ def _judged(js2d: Js2d, enough: bool, tokens: int, limit: float) -> tuple[float 
     if js2d.raw <= limit:
         return js2d.raw, "raw, which few tokens only raise"
     if js2d.high is None:
-        return None, f"{TOO_FEW}: they lie in blocks that are worth {js2d.worth or 0:.1f} of one size; {MIN_BLOCKS} at least"
+        return None, f"{TOO_FEW}: they lie in blocks that are worth {js2d.worth:.1f} of one size; {MIN_BLOCKS} at least"
     if (density := js2d.density or 0) < MIN_DENSITY:
         return None, f"{TOO_FEW}: {density:.1f} of {tokens:,} moved for each cell that one left or entered; {MIN_DENSITY:g} at least"
     return js2d.high, "upper end of the corrected value; too few tokens for the raw one"
@@ -188,4 +189,5 @@ def _divergence(one: Cell, other: Cell, seed: int, coarse: Plane | None = None) 
     if coarse is not None:
         index = coarse.coarse(np.arange(len(counts[0])))
         counts = [np.bincount(index, side).astype(np.int64) for side in counts]
-    return independent(counts[0], counts[1])
+    found = independent(counts[0], counts[1])
+    return found if one.blocks is None or other.blocks is None else replace(found, worth=effective_blocks(one.blocks.tokens))

@@ -347,7 +347,8 @@ def test_another_evaluation_does_not_go_on(start: Start, packs: PackSet, tmp_pat
 
 
 NO_TOKENIZER = [
-    (404, "Not Found"), (405, "Method Not Allowed"), (501, "not implemented"), (400, "Tokenizer not available when `skip_tokenizer_init=True`"),
+    (404, "Not Found"), (405, "Method Not Allowed"), (501, "not implemented"),
+    (400, "Tokenizer not available when `skip_tokenizer_init=True`"),
     (500, "Internal server error during tokenization: 'NoneType' object has no attribute 'encode'"),
 ]  # fmt: skip
 """The last two are what vLLM 0.32.0 and SGLang 0.5.17 answer when started with --skip-tokenizer-init."""

@@ -120,7 +120,8 @@ def test_a_matrix_of_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "over", "run", "blocks"),
     [
-        ("token_budget: 4096", None, None, 4), ("token_budget: 4096", "num_blocks: 3", None, 3), ("num_blocks: 3", "token_budget: 4096", None, 4),
+        ("token_budget: 4096", None, None, 4), ("token_budget: 4096", "num_blocks: 3", None, 3),
+        ("num_blocks: 3", "token_budget: 4096", None, 4),
         ("token_budget: 4096", "batch_size: 2", "num_blocks: 5", 5), ("num_blocks: 7", "token_budget: 4096", "num_blocks: 5", 5),
         ("num_blocks: 7", "token_budget: 4096", "batch_size: 2", 4), ("token_budget: 4096", "num_blocks:", None, 4),
     ],

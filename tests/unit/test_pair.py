@@ -309,7 +309,7 @@ def js2d_of(shift: float, blocks: list[int], seed: int = 0, **limits: float) -> 
 @pytest.mark.parametrize(
     ("blocks", "why"),
     [
-        ([40_000, *[0] * 15], "blocks that are worth"), ([1000, 1000, *[0] * 14], "blocks that are worth"),
+        ([40_000, *[0] * 15], r"blocks that are worth 1\.0 of"), ([1000, 1000, *[0] * 14], r"blocks that are worth 2\.0 of"),
         ([8000, *[2] * 15], r"blocks that are worth 1\.0 of one size; 8 at least"),
         ([31] * 16, "moved for each cell"), ([62] * 16, "moved"), ([94] * 16, "moved"), ([250] * 16, "moved"),
         ([12] * 16, f"too few tokens for JS2D: 192; {MIN_TOKENS} at least"),
