@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -12,17 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from softprune.control import ENGINE_KEY_ENV
-from softprune.errors import InputError, SoftpruneError
+from softprune.errors import InputError
 from softprune.server_client import ServerClient
 
 if TYPE_CHECKING:  # pyarrow, without which the other commands start
     from softprune.evaluate.eval_packs import PackSet
     from softprune.evaluate.eval_recipe import EvalRun
     from softprune.evaluate.evaluate import EvalSettings
-    from softprune.evaluate.gate_result import GateResult
     from softprune.evaluate.gates import Gates
 
 console = Console(highlight=False)
@@ -88,7 +84,7 @@ def eval_command(
     """
     from softprune.evaluate.eval_recipe import EvalRun, read_eval_recipe
     from softprune.evaluate.eval_shown import evaluated, shown
-    from softprune.evaluate.served import ask_served
+    from softprune.evaluate.served import ask_served, mask_name
 
     errors, client = Console(stderr=True), ServerClient(url, key, engine_key=engine_key)
     runs = [EvalRun()] if recipe is None else read_eval_recipe(recipe, None if side is None else side.value)
@@ -104,7 +100,7 @@ def eval_command(
         place = out if len(chosen) == 1 else out.with_name(f"{out.stem}.{one.name}{out.suffix}")
         found = evaluated(client, blocks, place, _settings(one), errors, _tell)
         console.print(shown(found))
-        _tell(f"{place}: {found.label}, mask {found.own['mask'] or 'none'}")
+        _tell(f"{place}: {found.label}, mask {mask_name(found.own['mask'], found.own['fingerprint'])}")
 
 
 def noise_floor_command(
@@ -130,15 +126,18 @@ def noise_floor_command(
 
     Exits as `softprune gate` does.
     """
+    from softprune.evaluate.gate_cli import exits_as_gate, show
     from softprune.evaluate.noise import noise_floor
     from softprune.evaluate.served import ask_served
 
     files, errors = [*(packs or []), *(more_packs or [])], Console(stderr=True)
-    with _verdict(errors) as show:
+    with exits_as_gate(errors):
         gates, client = _gates(thresholds), ServerClient(url, key, engine_key=engine_key)
         run = _overridden(_only_run(recipe), files, seq_lens, num_blocks, token_budget, block_form, concurrency, label)
         blocks = _packs(run, tokenizer or ask_served(client).tokenizer, not no_union, errors)
-        show(noise_floor(client, blocks, out, _settings(run), gates, second_concurrency, errors, _tell))
+        result = noise_floor(client, blocks, out, _settings(run), gates, second_concurrency, errors, _tell)
+    show(result)
+    raise typer.Exit(result.exit_code)
 
 
 def no_op_command(
@@ -161,14 +160,17 @@ def no_op_command(
 
     Exits as `softprune gate` does.
     """
+    from softprune.evaluate.gate_cli import exits_as_gate, show
     from softprune.evaluate.noise import no_op
 
     files, errors = [*(packs or []), *(more_packs or [])], Console(stderr=True)
-    with _verdict(errors) as show:
+    with exits_as_gate(errors):
         gates = _gates(thresholds)
         run = _overridden(_only_run(recipe), files, seq_lens, num_blocks, token_budget, block_form, concurrency, None)
         blocks = _packs(run, str(model), not no_union, errors)
-        show(no_op(model, blocks, out, _settings(run), gates, engine, shlex.split(engine_args), errors, _tell))
+        result = no_op(model, blocks, out, _settings(run), gates, engine, shlex.split(engine_args), errors, _tell)
+    show(result)
+    raise typer.Exit(result.exit_code)
 
 
 def _packs(run: EvalRun, tokenizer: str, with_union: bool, errors: Console, data_seed: int | None = None) -> PackSet:
@@ -197,23 +199,6 @@ def _gates(thresholds: str | None) -> Gates:
     from softprune.evaluate import gates
 
     return gates.read(thresholds or gates.NEAR_LOSSLESS)
-
-
-@contextmanager
-def _verdict(errors: Console) -> Iterator[Callable[[GateResult], None]]:
-    """Hand out what shows a verdict and ends with its code; an error ends with that of INVALID, since the usual 2 means INCOMPLETE here."""
-    from softprune.evaluate.gate_cli import show
-    from softprune.evaluate.gate_result import EXIT_CODES
-
-    def shown(result: GateResult) -> None:
-        show(result)
-        raise typer.Exit(result.exit_code)
-
-    try:
-        yield shown
-    except SoftpruneError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(EXIT_CODES["INVALID"]) from None
 
 
 def _overridden(

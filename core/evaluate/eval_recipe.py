@@ -28,6 +28,7 @@ _EAFT: dict[str, type] = {"entropy_topk": int, "cc_quantile": float, "prob_scale
 _COLLECTOR: dict[str, type] = {
     "top_k": int, "sample_points": int, "batch_size": int, "num_blocks": int, "seq_lens_csv": str, "token_budget": int, "block_form": str,
 }  # fmt: skip
+_SIZES = {"num_blocks", "token_budget"}
 _MODEL = {"label", "model_id", "model_path", "model_path_from_manifest"}
 _NAMES = {int: "a whole number", float: "a number", str: "a text"}
 
@@ -126,7 +127,13 @@ def _extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise EvalRecipeError(source, "extends", shortened(base), "the path of a recipe, relative to this one")
     below = _extended(path.parent / base, (*seen, path.resolve()))
     both = {name for name in data if isinstance(data[name], dict) and isinstance(below.get(name), dict)}
-    return {**below, **data, **{name: {**below[name], **data[name]} for name in both}}
+    return {**below, **data, **{name: _over(below[name], data[name]) for name in both}}
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A later layer over another; of the two ways to say how much is scored, its own takes the place of either."""
+    says_how_much = any(above.get(key) is not None for key in _SIZES)
+    return {key: value for key, value in below.items() if not (says_how_much and key in _SIZES)} | dict(above)
 
 
 class _Reader:
@@ -142,11 +149,15 @@ class _Reader:
         if not isinstance(files, list):
             raise EvalRecipeError(self.source, "calib_packs.pack_files", shortened(files), "a list of Parquet files")
         eaft = self._typed(data.get("eaft"), "eaft", _EAFT)
-        collector = {
-            **self._typed(data.get("collector_defaults"), "collector_defaults", _COLLECTOR),
-            **self._typed(data.get("collector_overrides"), "collector_overrides", _COLLECTOR),
-            **self._typed(overrides, f"run_matrix.{name}.collector_overrides", _COLLECTOR),
-        }
+        collector: dict[str, Any] = {}
+        for section, at in (
+            (data.get("collector_defaults"), "collector_defaults"), (data.get("collector_overrides"), "collector_overrides"),
+            (overrides, f"run_matrix.{name}.collector_overrides"),
+        ):  # fmt: skip
+            layer = self._typed(section, at, _COLLECTOR)
+            if layer.keys() >= _SIZES:
+                raise EvalRecipeError(self.source, f"{at}.token_budget", "num_blocks as well", "one of the two")
+            collector = _over(collector, layer)
         if "seq_lens_csv" in collector:
             collector["seq_lens"] = seq_lens_of(collector["seq_lens_csv"], f"{self.source}: seq_lens_csv")
         if "block_form" in collector:

@@ -47,6 +47,8 @@ class Asked(BaseModel):
         engine: with its version.
         model: the name under which it is served.
         fingerprint, mask, top_k: what is served, as far as softprune says.
+        path, tokenizer: last parts of theirs.
+        context, computes: see `Served`.
         entropy_topk: tokens that H is of.
         block_form: L or L+1.
         order: seed of the order in which blocks are sent; None for the packs' own.
@@ -60,6 +62,10 @@ class Asked(BaseModel):
     fingerprint: str | None
     mask: str | None
     top_k: int | None
+    path: str
+    tokenizer: str
+    context: int | None
+    computes: dict[str, str]
     entropy_topk: int
     block_form: Literal["L", "L+1"]
     order: int | None
@@ -108,6 +114,11 @@ class ScoreStore:
     def missing(self) -> list[int]:
         """Blocks without scores, in order."""
         return [int(number) for number in np.flatnonzero(self._place < 0)]
+
+    @property
+    def present(self) -> list[int]:
+        """Blocks with scores, in order."""
+        return [int(number) for number in np.flatnonzero(self._place >= 0)]
 
     def add(self, number: int, scores: TokenScores, seconds: float) -> None:
         """Keep a block's scores.

@@ -8,6 +8,7 @@ which no token counts are not sent.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import threading
 import time
@@ -17,7 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from softprune.evaluate import evaluation
+from softprune.evaluate.errors import EvaluationFileError
 from softprune.evaluate.eval_document import document, lasting, meta_of
 from softprune.evaluate.eval_packs import PackSet
 from softprune.evaluate.eval_state import Asked, CellAsked, ScoreStore
@@ -27,6 +31,11 @@ from softprune.evaluate.packing import block_hashes
 from softprune.evaluate.prompt_scores import NO_SCORES, PromptScorer
 from softprune.evaluate.served import ask_served, check_context, check_tokenizer
 from softprune.server_client import ServerClient
+
+SAME_SCORES = 0.05
+"""How far log p of a block's tokens may lie off on the mean when it is scored again, in another batch; other weights differ by more."""
+SAME_NLL = 0.02
+"""How far their sum may, as a share; half of it in nats a token, where all are likely."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,10 @@ class Evaluating:
                 self._digests[pack, seq_len] = hashlib.sha256("".join(hashes).encode()).hexdigest()
         served = self._served
         self._asked = Asked(
-            engine=f"{served.engine} {served.version}", model=served.model, fingerprint=served.fingerprint, mask=served.mask,
-            top_k=served.top_k, entropy_topk=settings.metrics.entropy_topk, block_form=packs.form, order=settings.order,
+            engine=f"{served.engine} {served.version}", model=served.model, path=Path(served.path).name,
+            tokenizer=Path(served.tokenizer).name, context=served.context, computes=dict(served.computes),
+            fingerprint=served.fingerprint, mask=served.mask, top_k=served.top_k,
+            entropy_topk=settings.metrics.entropy_topk, block_form=packs.form, order=settings.order,
             cells=[CellAsked(pack=pack, seq_len=length, blocks_sha256=digest) for (pack, length), digest in self._digests.items()],
         )  # fmt: skip
         self._kept = [int(self._block(job)[1].sum()) for job in range(len(self._jobs))]
@@ -99,9 +110,15 @@ class Evaluating:
         """Begin, or go on.
 
         Raises:
-            EvaluationFileError: what lies beside the output is of another evaluation.
+            EvaluationFileError: what lies beside the output is of another evaluation, or the server gives other scores than it did.
+            ServerCallError, EvaluationError: a block that was scored cannot be scored again.
         """
         self.store = ScoreStore(self._out, self._asked, self._kept)
+        try:
+            self._check_scores()
+        except BaseException:
+            self.store.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,17 +164,41 @@ class Evaluating:
         self.store.remove()
         return evaluation.read(self._out)
 
+    def _check_scores(self) -> None:
+        """Score a block again that has its scores: names and routers' fingerprints do not tell of other weights."""
+        job = next((job for job in self.store.present if self._kept[job]), None)
+        if job is None:
+            return
+        kept, again = self.store.get(job)[0].log_p, self._scorer.score(*self._block(job)).log_p
+        if (apart := float(np.abs(again - kept).mean())) > SAME_SCORES:
+            anew = f"at most {SAME_SCORES}, as the same weights give; to begin anew, move {self.store.path} away"
+            raise EvaluationFileError(
+                str(self.store.path), f"block {job}", f"log p that is {apart:.3g} off on the mean, scored again", anew
+            )
+
     def known(self) -> Evaluation | None:
         """The output, if it is there already and is what `run` would write; None as well if nobody knows what is served.
 
+        One block is scored again, and has to have the log p that it has in the file.
+
         Raises:
             EvaluationFileError: it is there, and no evaluation.
+            ServerCallError, EvaluationError: the block cannot be scored.
         """
         if self._served.fingerprint is None or not self._out.is_file():
             return None
         found = evaluation.read(self._out)
         digests = {key: cell.identity["blocks_sha256"] for key, cell in found.cells.items()}
-        return found if found.own and (lasting(found.meta), digests) == (lasting(self._meta()), self._digests) else None
+        same = found.own and (lasting(found.meta), digests) == (lasting(self._meta()), self._digests)
+        return found if same and self._scores_again(found) else None
+
+    def _scores_again(self, found: Evaluation) -> bool:
+        key, at, job = next((key, i, job) for key, jobs in self._cells.items() for i, job in enumerate(jobs) if self._kept[job])
+        blocks = found.cells[key].blocks
+        if blocks is None or blocks.tokens[at] != self._kept[job]:
+            return False
+        nll = -float(self._scorer.score(*self._block(job)).log_p.sum(dtype=np.float64))
+        return math.isclose(nll, blocks.nll[at], rel_tol=SAME_NLL, abs_tol=SAME_NLL / 2 * self._kept[job])
 
     def _meta(self) -> dict[str, Any]:
         settings = self._settings

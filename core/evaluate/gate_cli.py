@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +20,7 @@ from softprune.evaluate.bootstrap import Interval
 from softprune.evaluate.errors import EvaluationFileError
 from softprune.evaluate.gate_result import EXIT_CODES, GateResult, Row
 from softprune.evaluate.gates import Check, Gates
+from softprune.evaluate.served import mask_name
 from softprune.files import write_whole
 
 console = Console(highlight=False)
@@ -60,7 +63,7 @@ def gate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no table.")] = False,
 ) -> None:
     """Judge a candidate: exits with 0 for PASS, 1 for FAIL, 2 for INCOMPLETE, 3 for INVALID or what cannot be read."""
-    try:
+    with exits_as_gate(Console(stderr=True)):
         chosen = gates.read(
             thresholds, ppl_rule=ppl_rule and ppl_rule.value, cc_thresholds=cc_thresholds and cc_thresholds.value,
             gate_packs=packs and packs.value,
@@ -69,10 +72,6 @@ def gate_command(
         document = json.dumps(result.document(), allow_nan=False, ensure_ascii=False, indent=1) + "\n"
         if out is not None:
             write_whole(out, document)
-    except (SoftpruneError, OSError) as error:
-        # 2 means INCOMPLETE here, so that the command line's own code for errors would be a verdict.
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(EXIT_CODES["INVALID"]) from None
     if as_json:
         typer.echo(document, nl=False)
     else:
@@ -80,17 +79,36 @@ def gate_command(
     raise typer.Exit(result.exit_code)
 
 
+@contextmanager
+def exits_as_gate(errors: Console) -> Iterator[None]:
+    """End with INVALID's code after an error: the command line's own, 2, would mean INCOMPLETE.
+
+    Args:
+        errors: where it is told.
+
+    Raises:
+        typer.Exit: in the place of a SoftpruneError or an OSError.
+    """
+    try:
+        yield
+    except (SoftpruneError, OSError) as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_CODES["INVALID"]) from None
+
+
 def judge(base: Path, candidate: Path, chosen: Gates, seed: int = 0) -> GateResult:
     """Read two files and compare them; one that cannot be read is INVALID."""
     try:
         sides = [evaluation.read(path) for path in (base, candidate)]
     except EvaluationFileError as error:
-        return pair.invalid(str(base), str(candidate), chosen, str(error))
+        # Only the file's name: a result that is passed on should not tell of its maker's folders.
+        named = EvaluationFileError(Path(error.file).name, error.field, error.found, error.expected)
+        return pair.invalid(str(base), str(candidate), chosen, str(named))
     return pair.compare(sides[0], sides[1], chosen, seed)
 
 
 def show(result: GateResult) -> None:
-    """Print the verdict, a table of every check, and what is wrong."""
+    """Print the verdict, a table of every check, what was compared, and what is wrong."""
     table = Table("row", "metric", "base", "candidate", "difference", "95 % interval", "limit", "", box=None)
     for row in result.rows:
         for i, check in enumerate(row.checks):
@@ -101,15 +119,24 @@ def show(result: GateResult) -> None:
         console.print(table)
     for row in result.rows:
         console.print(_js2d_line(row), soft_wrap=True)
+    for name, side in (("base", result.base), ("candidate", result.candidate)):
+        if result.verdict != "INVALID":
+            console.print(
+                f"[dim]{name}: {escape(str(side['label']))}, mask {mask_name(side['mask'], side['fingerprint'])}[/]", soft_wrap=True
+            )
     for problem in result.problems:
         console.print(f"[yellow]{escape(problem)}[/]", soft_wrap=True)
-    failed = [f"{row.pack}@{row.seq_len} {_over(check)}" for row in result.rows if row.gated for check in row.checks if not check.passed]
+    failed = [
+        f"{row.pack}@{row.seq_len} {_over(check)}" for row in result.rows if row.gated for check in row.checks if check.passed is False
+    ]
     text = f"[bold {_COLOURS[result.verdict]}]{result.verdict}[/] by {escape(result.gates.name)}"
     console.print(text + (f": {escape('; '.join(failed))}" if failed else ""), soft_wrap=True)
 
 
 def _cells(row: Row, check: Check) -> list[str]:
-    mark = "[green]ok[/]" if check.passed else "[red]over[/]"
+    mark = {True: "[green]ok[/]", False: "[red]over[/]", None: "[yellow]not judged[/]"}[check.passed]
+    if check.value is None:
+        return [check.metric, "", "", "", "", f"{check.limit:.4f}", mark]
     if check.metric == "js2d":
         return ["js2d", "", "", f"{check.value:.4f}", "", f"{check.limit:.4f}", mark]
     found: Interval = row.delta[check.metric]
@@ -139,4 +166,5 @@ def _js2d_line(row: Row) -> str:
 
 
 def _over(check: Check) -> str:
+    assert check.value is not None
     return f"{check.metric} {check.value:+.4g}, over the limit of {check.limit:.4g} by {abs(check.value) - check.limit:.4g}"

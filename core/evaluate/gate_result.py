@@ -24,7 +24,7 @@ class Row:
         pack, seq_len: which.
         primary: whether the gates name it.
         gated: whether its checks count.
-        base, candidate: metrics and tokens.
+        base, candidate: metrics, tokens, and the hash of the blocks where it is known.
         delta: candidate less base, by metric.
         js2d, coarse: of the planes, and of planes of 4 x 4 bins in one.
         enough_tokens: whether raw JS2D says more than its bias.
@@ -35,8 +35,8 @@ class Row:
     seq_len: int
     primary: bool
     gated: bool
-    base: dict[str, float]
-    candidate: dict[str, float]
+    base: dict[str, Any]
+    candidate: dict[str, Any]
     delta: dict[str, Interval]
     js2d: Js2d
     coarse: Js2d
@@ -44,9 +44,10 @@ class Row:
     checks: list[Check]
 
     @property
-    def passed(self) -> bool:
-        """Whether no check fails."""
-        return all(check.passed for check in self.checks)
+    def passed(self) -> bool | None:
+        """Whether every check holds; None if none fails, but one cannot be judged."""
+        found = {check.passed for check in self.checks}
+        return False if False in found else None if None in found else True
 
     def document(self) -> dict[str, Any]:
         """JSON-ready."""

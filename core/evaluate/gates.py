@@ -75,15 +75,15 @@ class RowDeltas:
     Attributes:
         base_ppl: of the base.
         ppl, cc_rate, mean_prob: differences; cc_rate as a share, under the thresholds that the gates name.
-        js2d: in nats.
-        js2d_form: which form of JS2D that is.
+        js2d: in nats; None if there are too few tokens to judge it.
+        js2d_form: which form of JS2D that is, or why there is none.
     """
 
     base_ppl: float
     ppl: float
     cc_rate: float
     mean_prob: float
-    js2d: float
+    js2d: float | None
     js2d_form: str = "raw"
 
 
@@ -93,16 +93,16 @@ class Check:
 
     Attributes:
         metric: ppl, cc_rate or cc_rate_base_thr, mean_prob, js2d.
-        value: the difference, with its sign, or the divergence.
+        value: the difference, with its sign, or the divergence; None if it cannot be judged.
         limit: that its absolute value may reach.
-        passed: whether it does not exceed it.
+        passed: whether it does not exceed it; None if nobody can tell.
         note: which limit of the perplexity binds, and which form of JS2D is judged.
     """
 
     metric: str
-    value: float
+    value: float | None
     limit: float
-    passed: bool
+    passed: bool | None
     note: str = ""
 
 
@@ -117,7 +117,7 @@ def check_row(deltas: RowDeltas, gates: Gates) -> list[Check]:
         Check("ppl", deltas.ppl, limit, abs(deltas.ppl) <= limit, note),
         _check(gates.cc_metric, deltas.cc_rate, gates.max_abs_delta_cc_rate),
         _check("mean_prob", deltas.mean_prob, gates.max_abs_delta_mean_prob),
-        Check("js2d", deltas.js2d, gates.max_js2d, deltas.js2d <= gates.max_js2d, deltas.js2d_form),
+        Check("js2d", deltas.js2d, gates.max_js2d, None if deltas.js2d is None else deltas.js2d <= gates.max_js2d, deltas.js2d_form),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,8 @@ from softprune.errors import InputError, shortened
 from softprune.server_client import ServerCallError, ServerClient
 
 Engine = Literal["vllm", "sglang"]
+_COMPUTES = ("dtype", "quantization", "kv_cache_dtype", "revision", "weight_version", "device")
+"""What SGLang's /server_info says of it; vLLM says nothing."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Served:
         tokenizer: likewise.
         context: tokens of a prompt and its answer, at most; None if the server does not say.
         status: softprune's, as `ServerClient.status` has it; None for a server without softprune.
+        computes: what the model is and how it is computed, as far as the server says.
     """
 
     engine: Engine
@@ -35,6 +38,7 @@ class Served:
     tokenizer: str
     context: int | None
     status: Mapping[str, Any] | None
+    computes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str | None:
@@ -65,6 +69,11 @@ class Served:
         return None if self.status is None else int(self.status["mask_epoch"])
 
 
+def mask_name(mask: str | None, fingerprint: str | None) -> str:
+    """What was in force, in a word: a server that does not say what it serves may well have had a mask."""
+    return mask or ("unknown" if fingerprint is None else "none")
+
+
 def ask_served(client: ServerClient) -> Served:
     """Ask a server what it is.
 
@@ -81,7 +90,9 @@ def ask_served(client: ServerClient) -> Served:
     status = _if_there(client.status)
     path = (status or {}).get("model") or about.get("model_path") or card.get("root") or model
     tokenizer = about.get("tokenizer_path") or path
-    return Served(engine, version, model, str(path), str(tokenizer), context if isinstance(context, int) else None, status)
+    said = {**{name: about.get(name) for name in _COMPUTES}, **{name: (status or {}).get(name) for name in ("device", "moe_backend")}}
+    computes = {name: str(value) for name, value in said.items() if value is not None}
+    return Served(engine, version, model, str(path), str(tokenizer), context if isinstance(context, int) else None, status, computes)
 
 
 def _engine(client: ServerClient) -> tuple[Engine, str, Mapping[str, Any]]:
@@ -129,13 +140,13 @@ def check_tokenizer(client: ServerClient, served: Served, text: str, ids: Sequen
 
     Raises:
         InputError: the tokenizers differ, or ids are beyond the vocabulary of a checkpoint that lies on this machine.
-        ServerCallError: no answer, or none about a text.
+        ServerCallError: no answer, or another one than tokens.
     """
     _check_vocabulary(served, largest)
     try:
         answer = client.post("/tokenize", {"model": served.model, "prompt": text, "add_special_tokens": False})
     except ServerCallError as error:
-        if error.status is None or error.status in (401, 403):
+        if not _has_no_tokenizer(error):
             raise
         return f"{client.url} does not tokenise (HTTP {error.status}), so nobody knows whether its tokenizer is the packs'"
     theirs = answer.get("tokens") if isinstance(answer, dict) else None
@@ -147,6 +158,13 @@ def check_tokenizer(client: ServerClient, served: Served, text: str, ids: Sequen
         found = f"{len(own)} tokens of a text, {_ids(own, at)} from token {at} on"
         raise InputError("--tokenizer", "", found, f"the server's {len(theirs)}, {_ids(theirs, at)}: another tokenizer")
     return None
+
+
+def _has_no_tokenizer(error: ServerCallError) -> bool:
+    """Whether a server has no such call, or no tokenizer (--skip-tokenizer-init): any other answer leaves it unknown what it has."""
+    text = error.message.lower()
+    # vLLM names its option, with HTTP 400; SGLang's handler trips over what is not there, with HTTP 500.
+    return error.status in (404, 405, 501) or "skip_tokenizer_init" in text or "'nonetype' object has no attribute 'encode'" in text
 
 
 def _ids(ids: list[int], at: int) -> str:

@@ -50,6 +50,7 @@ class Values(BaseModel):
     cc_rate: float
     tokens: int
     cc_rate_base_thr: float | None = None
+    blocks_sha256: str | None = None
 
 
 class Deltas(BaseModel):
@@ -85,14 +86,14 @@ class Js2d(BaseModel):
 
 
 class Check(BaseModel):
-    """One threshold; `note` says which form of the limit or the value it is."""
+    """One threshold; `note` says which form of the limit or the value it is, or why nobody can tell whether it passed."""
 
     model_config = _READ
 
     metric: str
     value: float | None
     limit: float
-    passed: bool
+    passed: bool | None
     note: str = ""
 
 

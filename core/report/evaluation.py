@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from softprune.evaluate.evaluation import Evaluation
+from softprune.evaluate.served import mask_name
 from softprune.report.numbers import fixed, kept, number, percent, plural, short
 from softprune.report.page import Section, Summary, render
 from softprune.report.planes import P_LABELS, Landscape, landscapes, marginals
@@ -49,11 +50,13 @@ def metrics_table(of: Evaluation) -> Table:
 
 def _facts(of: Evaluation) -> list[tuple[str, str]]:
     own, meta = of.own, of.meta
+    known = own.get("fingerprint") is not None
     engine = " ".join(str(part) for part in (meta.get("engine"), meta.get("vllm_version") or meta.get("sglang_version")) if part)
     return [
         ("Model", of.label),
-        ("Weights' fingerprint", short(own.get("fingerprint"), 19)),
-        ("Mask", f"{short(own.get('mask'), 19)}, experts kept a layer: {kept(own.get('num_kept'))}"),
+        ("Weights' fingerprint", short(own.get("fingerprint") or "unknown", 19)),
+        ("Mask", short(mask_name(own.get("mask"), own.get("fingerprint")), 19)),
+        ("Experts kept a layer", kept(own.get("num_kept")) if known else "unknown"),
         ("Experts per token", str(meta.get("top_k", "–"))),
         ("Engine", engine or "–"),
         ("Blocks of each pack", f"{meta['num_blocks']}, form {own.get('block_form', 'L')}"),

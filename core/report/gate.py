@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softprune.evaluate.evaluation import Evaluation
+from softprune.evaluate.served import mask_name
 from softprune.report import verdict
 from softprune.report.documents import Delta, Gate, Row
 from softprune.report.evaluation import landscape
@@ -22,6 +23,7 @@ META = (
     ("date", "softprune.date"),
 )  # fmt: skip
 """Lines of the table of what was compared, and keys of an evaluation's meta."""
+_RESULTS = {True: Cell("pass", mark="pass"), False: Cell("FAIL", mark="fail"), None: Cell("not judged")}
 NOTE_JS2D = (
     "JS2D is the Jensen-Shannon divergence of the two planes in nats. Few tokens alone make it larger: bias is that part, corrected is the "
     "rest. Intervals are 95 %: of differences from drawing blocks anew, of JS2D from halves of the blocks."
@@ -65,7 +67,7 @@ def _checks(caption: str, of: list[Row]) -> Table | None:
     for row in of:
         for check in row.checks:
             name, value, limit = verdict.columns(check)
-            result = Cell("pass", mark="pass") if check.passed else Cell("FAIL", mark="fail")
+            result = _RESULTS[check.passed]
             rows.append([Cell(name, row.name), result, value, limit, Cell(check.note, mark="long")])
     columns = ("check, candidate less base", "result", "value", "limit", "which value or limit")
     return Table(caption, columns, rows, words=(1, 4)) if rows else None
@@ -117,9 +119,9 @@ def _sides(gate: Gate, base: Evaluation | None, candidate: Evaluation | None) ->
     lines: list[tuple[str, list[str]]] = [
         ("label", [side.label for side in sides]),
         ("file", [side.file or "–" for side in sides]),
-        ("weights' fingerprint", [short(side.fingerprint, 19) for side in sides]),
-        ("mask", [short(side.mask, 19) for side in sides]),
-        ("experts kept a layer", [kept(side.num_kept) for side in sides]),
+        ("weights' fingerprint", [short(side.fingerprint or "unknown", 19) for side in sides]),
+        ("mask", [short(mask_name(side.mask, side.fingerprint), 19) for side in sides]),
+        ("experts kept a layer", ["unknown" if side.fingerprint is None else kept(side.num_kept) for side in sides]),
         ("experts per token", ["–" if side.top_k is None else str(side.top_k) for side in sides]),
     ]
     if base is not None and candidate is not None:

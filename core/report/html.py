@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softprune.evaluate import gates
-from softprune.evaluate.evaluation import Evaluation
+from softprune.evaluate.evaluation import Cell, Evaluation
 from softprune.evaluate.pair import compare
 from softprune.files import write_whole
-from softprune.report.documents import Gate, ReportError, parsed
+from softprune.report.documents import Gate, ReportError, Values, parsed
 from softprune.report.evaluation import evaluation_section
 from softprune.report.gate import gate_section
 from softprune.report.given import KNOWN, Given
@@ -64,12 +64,33 @@ def _evaluations(given: Given, thresholds: str) -> list[tuple[Summary, Section]]
     if unused:
         name, gate = unused[0]
         labels = "; ".join(f"{of.label} ({file})" for file, of in given.evaluations)
-        raise ReportError(name, "base, candidate", f"{gate.base.label}, {gate.candidate.label}", f"two of the evaluations given: {labels}")
+        stale = any(_by_name(gate, base, candidate) for _, candidate in candidates)
+        found = f"{gate.base.label}, {gate.candidate.label}" + (" with other rows or numbers" if stale else "")
+        raise ReportError(name, "base, candidate", found, f"two of the evaluations given: {labels}")
     return parts
 
 
 def _goes_with(gate: Gate, base: Evaluation, candidate: Evaluation) -> bool:
-    """Whether a gate compared these two, by label, mask and weights."""
+    """Whether a gate compared these two: by label, mask and weights, and by every row's blocks and numbers, which another run changes."""
+    if not _by_name(gate, base, candidate):
+        return False
+    if gate.verdict == "INVALID":
+        return not gate.rows
+    if {(row.pack, row.seq_len) for row in gate.rows} != base.cells.keys() & candidate.cells.keys():
+        return False
+    return all(
+        _same(values, of.cell(row.pack, row.seq_len)) for row in gate.rows for values, of in ((row.base, base), (row.candidate, candidate))
+    )
+
+
+def _same(values: Values, cell: Cell) -> bool:
+    digest = cell.identity["blocks_sha256"]
+    if None not in (digest, values.blocks_sha256) and digest != values.blocks_sha256:
+        return False
+    return (values.tokens, values.ppl, values.mean_prob) == (cell.tokens, cell.metrics["ppl"], cell.metrics["mean_prob"])
+
+
+def _by_name(gate: Gate, base: Evaluation, candidate: Evaluation) -> bool:
     return all(
         (side.label, side.mask, side.fingerprint) == (of.label, of.own.get("mask"), of.own.get("fingerprint"))
         for side, of in ((gate.base, base), (gate.candidate, candidate))

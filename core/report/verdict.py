@@ -52,7 +52,7 @@ def summary(gate: Gate) -> Summary:
         lead = "cannot be compared" if gate.verdict == "INVALID" else "cannot be judged yet"
         return Summary(gate.verdict, f"{sides} {lead}: {_reasons(gate.problems)}")
     checked = [(row, check) for row in gate.rows if row.judged for check in row.checks]
-    failed = [(row, check) for row, check in checked if not check.passed]
+    failed = [(row, check) for row, check in checked if check.passed is False]
     head = _perplexity(gate.primary)
     if gate.verdict == "PASS":
         closest = max(checked, key=lambda pair: _used(pair[1]), default=None)

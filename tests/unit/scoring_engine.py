@@ -22,9 +22,9 @@ TOP = 20
 
 
 @lru_cache(4096)
-def table(previous: int, mask: str | None) -> NDArray[np.float64]:
+def table(previous: int, mask: str | None, weights: int = 0) -> NDArray[np.float64]:
     """Log-probabilities [VOCABULARY] of what follows a token."""
-    seed = int(mask[-8:], 16) if mask else 0
+    seed = (int(mask[-8:], 16) if mask else 0) + weights
     logits = np.random.default_rng([previous, seed]).normal(scale=3, size=VOCABULARY)
     return np.asarray(logits - np.log(np.exp(logits).sum()))
 
@@ -49,6 +49,8 @@ class ScoringEngine(FakeEngine):
         max_logprobs: as vLLM's flag.
         context: tokens, or None for a server that does not say.
         tokenizer: that /tokenize answers by; None for a server without one.
+        refusal: what /tokenize answers without one: status and message.
+        weights: number of the weights that it runs.
         delay: seconds that an answer takes.
         scored: ids that were asked about, in order of arrival.
     """
@@ -57,6 +59,7 @@ class ScoringEngine(FakeEngine):
         super().__init__(name, launch=make_launch())
         self.fault, self.faulty = "", 0
         self.max_logprobs, self.context, self.tokenizer = TOP, 4096, tokenizer
+        self.refusal, self.weights = (404, "Not Found"), 0
         self.delay = 0.0
         self.model = "/data/models/fake"
         self.scored: list[list[int]] = []
@@ -83,7 +86,8 @@ class ScoringEngine(FakeEngine):
             return await _answer(send, 200, json.dumps(answers[path]).encode())
         if path == "/tokenize":
             if self.tokenizer is None:
-                return await _answer(send, 500, b'{"error": {"message": "no tokenizer", "type": "InternalServerError"}}')
+                status, said = self.refusal
+                return await _answer(send, status, json.dumps({"error": {"message": said, "type": "Error"}}).encode())
             ids = self.tokenizer(json.loads(body)["prompt"], add_special_tokens=False)["input_ids"]
             return await _answer(send, 200, json.dumps({"tokens": ids, "count": len(ids), "max_model_len": 4096}).encode())
         if path != ("/generate" if self.native else "/v1/completions"):
@@ -106,7 +110,7 @@ class ScoringEngine(FakeEngine):
             what = "Token id 4095 is out of vocabulary" if fault == "vocabulary" else what
             return await _answer(send, 400, json.dumps({"error": {"message": what, "type": "BadRequestError"}}).encode())
         mask = self.ranks[0].routers.mask
-        rows = [None if i == 0 else table(ids[i - 1], mask.hash if mask else None) for i in range(len(ids))]
+        rows = [None if i == 0 else table(ids[i - 1], mask.hash if mask else None, self.weights) for i in range(len(ids))]
         answer = (self._sglang if self.native else self._vllm)(ids, rows, asked, fault)
         if self.names_epochs:
             (answer["meta_info"] if self.native else answer)["softprune"] = {"epochs": [len(self.epochs.masks) - 1]}

@@ -118,6 +118,26 @@ def test_a_matrix_of_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("base", "over", "run", "blocks"),
+    [
+        ("token_budget: 4096", None, None, 4), ("token_budget: 4096", "num_blocks: 3", None, 3),
+        ("num_blocks: 3", "token_budget: 4096", None, 4),
+        ("token_budget: 4096", "batch_size: 2", "num_blocks: 5", 5), ("num_blocks: 7", "token_budget: 4096", "num_blocks: 5", 5),
+        ("num_blocks: 7", "token_budget: 4096", "batch_size: 2", 4), ("token_budget: 4096", "num_blocks:", None, 4),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("section", ["collector_defaults", "collector_overrides"])
+def test_the_later_of_two_sizes_holds(tmp_path: Path, base: str, over: str | None, run: str | None, blocks: int, section: str) -> None:
+    """Whether it stands in another section, or in the same one of the recipe that extends the other."""
+    (tmp_path / "base.yaml").write_text(f'schema_version: 1\ncollector_defaults:\n  seq_lens_csv: "1024"\n  {base}\n')
+    text = "extends: base.yaml\n" + (f"{section}:\n  {over}\n" if over else "")
+    text += f"run_matrix:\n  - name: a\n    collector_overrides:\n      {run}\n" if run else ""
+    (tmp_path / "eval.yaml").write_text(text)
+    (found,) = read_eval_recipe(tmp_path / "eval.yaml")
+    assert found.sizes.blocks_at(1024) == blocks
+
+
+@pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         (
@@ -131,6 +151,11 @@ def test_a_matrix_of_runs(tmp_path: Path) -> None:
         ("batch_size: 4", "seq_lens_csv: a,b", "seq_lens_csv: found 'a,b'; expected lengths and commas"),
         ("batch_size: 4", "block_form: L+2", "--block-form: found 'L\\+2'; expected L or L\\+1"),
         ("batch_size: 4", "token_budget: 100", "expected at least one block of 2048"),
+        (
+            "batch_size: 4",
+            "batch_size: 4\n  num_blocks: 2\n  token_budget: 9000",
+            r"eval\.yaml: collector_overrides\.token_budget: found num_blocks as well; expected one of the two",
+        ),
         ("    label: base", "    lable: base", r"pair\.left\.lable: found an unknown key"),
         ("pair:", "pears:", "eval.yaml: pears: found an unknown key"),
         ("extends: ../base.yaml", "extends: eval.yaml", r"extends: found a file that extends itself"),

@@ -12,6 +12,7 @@ import pytest
 
 from softprune.evaluate import gates
 from softprune.report.chart import Axis, steps
+from softprune.report.documents import ReportError
 from softprune.report.html import report
 from softprune.stats.file import write
 from tests.unit import report_of
@@ -169,9 +170,12 @@ def test_a_pair_shows_every_row_and_check(folder: Path) -> None:
         name = f"{row['pack']}@{row['seq_len']}"
         assert sum(found[0].startswith(name) for found in page.rows) == 2
         assert f"Planes of {name}" in page.text
-    checks = [found for found in page.rows if found[1:2] in (["pass"], ["FAIL"])]
+    checks = [found for found in page.rows if found[1:2] in (["pass"], ["FAIL"], ["not judged"])]
     assert len(checks) == sum(len(row["checks"]) for row in gate["rows"]) == 12
-    assert sum(found[1] == "FAIL" for found in checks) == sum(not check["passed"] for row in gate["rows"] for check in row["checks"]) > 0
+    assert (
+        sum(found[1] == "FAIL" for found in checks) == sum(check["passed"] is False for row in gate["rows"] for check in row["checks"]) > 0
+    )
+    assert sum(found[1] == "not judged" for found in checks) == 3
     interval = gate["rows"][0]["delta"]["ppl"]
     assert f"{interval['low']:+.3f} to {interval['high']:+.3f}" in page.text
     assert page.text.count("share of tokens in a cell") == 2 * len(gate["rows"])
@@ -196,6 +200,58 @@ def test_a_gate_given_is_used_as_it_is(folder: Path, tmp_path: Path) -> None:
     assert "of my own gates fail" in page.text
     with pytest.raises(Exception, match=r"gate.json: base, candidate: found tiny, worse; expected two of the evaluations given: tiny"):
         report([folder / "base.json", folder / "incomplete.json", tmp_path / "gate.json"])
+
+
+def test_a_gate_of_other_numbers_is_refused(folder: Path, tmp_path: Path) -> None:
+    """The same labels, mask and weights; another run, other blocks, fewer rows."""
+    passing = tmp_path / "gate.json"
+    report_of.gate_file(folder / "base.json", folder / "fail.json", passing)
+    verdict = json.loads(passing.read_text())
+    changes: list[tuple[str, str, Any]] = [
+        (side, name, value)
+        for side in ("base", "candidate")
+        for name, value in (("ppl", 1.5), ("mean_prob", 0.5), ("tokens", 319), ("blocks_sha256", "0" * 64))
+    ]
+    for side, name, value in changes:
+        other = json.loads(json.dumps(verdict))
+        other["rows"][2][side][name] = value
+        passing.write_text(json.dumps({**other, "verdict": "PASS"}))
+        with pytest.raises(ReportError, match=r"found tiny, worse with other rows or numbers; expected two of the evaluations given"):
+            report([folder / "base.json", folder / "fail.json", passing])
+    passing.write_text(json.dumps({**verdict, "verdict": "PASS", "rows": verdict["rows"][:2]}))
+    with pytest.raises(ReportError, match="with other rows or numbers"):
+        report([folder / "base.json", folder / "fail.json", passing])
+    for row in verdict["rows"]:
+        del row["base"]["blocks_sha256"], row["candidate"]["blocks_sha256"]
+    passing.write_text(json.dumps(verdict))
+    assert Page(report([folder / "base.json", folder / "fail.json", passing])).badges == ["FAIL"]
+
+
+def test_a_gate_of_a_file_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    code, _ = run("gate", folder / "base.json", tmp_path / "broken.json", "--out", tmp_path / "gate.json")
+    assert code == 3
+    page = Page(report([tmp_path / "gate.json"]))
+    assert page.badges == ["INVALID"]
+    assert "broken.json against base.json" in page.text
+    assert ["mask", "unknown", "unknown"] in page.rows
+    assert str(tmp_path) not in page.source + (tmp_path / "gate.json").read_text()
+    assert str(folder) not in page.source
+
+
+def test_what_nobody_knows_is_not_called_none(folder: Path, tmp_path: Path) -> None:
+    document = json.loads((folder / "base.json").read_text())
+    document["meta"]["softprune"] |= {"fingerprint": None, "mask": None, "num_kept": None}
+    (tmp_path / "bare.json").write_text(json.dumps(document))
+    page = Page(report([folder / "base.json", tmp_path / "bare.json"]))
+    for name, known in (("mask", "none"), ("experts kept a layer", "all")):
+        assert [name, known, "unknown"] in page.rows
+    lone = Page(report([tmp_path / "bare.json"])).text
+    assert "unknown" in lone
+    assert "Masknone" not in lone.replace("\n", "").replace(" ", "")
+    code, output = run("gate", folder / "base.json", tmp_path / "bare.json")
+    assert code == 0
+    assert ("base: tiny, mask none" in output, "candidate: tiny, mask unknown" in output) == (True, True)
 
 
 def test_the_same_files_give_the_same_page(folder: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from softprune.evaluate.js2d import MIN_BLOCKS, divergence, independent, paired
+from softprune.evaluate.js2d import MIN_BLOCKS, divergence, effective_blocks, independent, paired
 from softprune.evaluate.plane import Plane
 from tests.unit.evaluations import scored
 
@@ -141,6 +141,28 @@ def test_intervals_cover_the_truth(shift: float, tokens: int) -> None:
     assert covered >= 27, f"{covered} of 30; 95 % are 28 or 29"
     # They are no wider than twice what a normal law asks for, so that they say something.
     assert np.mean([high - low for low, high in ends]) < 8 * np.std([one.corrected for one in found])
+
+
+def test_what_blocks_are_worth() -> None:
+    assert effective_blocks(np.array([5] * 12)) == pytest.approx(12)
+    assert effective_blocks(np.array([5] * 12 + [0] * 100)) == pytest.approx(12)
+    assert effective_blocks(np.array([40_000] + [2] * 15)) == pytest.approx(1, abs=0.01)
+
+
+def test_blocks_without_tokens_change_nothing() -> None:
+    base, candidate, sizes = Law(1.0).draw(40, 50, 0)
+    assert paired(base, candidate, np.ravel(np.column_stack([sizes, np.zeros_like(sizes)]))) == paired(base, candidate, sizes)
+
+
+def test_few_large_blocks_have_no_interval() -> None:
+    """Two thirds of the tokens lie in two blocks; what is real is found all the same, on the mean."""
+    law, found = Law(1.0), []
+    for seed in range(12):
+        parts = [law.draw(1, 8000 if k < 2 else 200, 100 * seed + k) for k in range(42)]
+        found.append(paired(*(np.concatenate(side) for side in zip(*parts, strict=True))))
+    assert all((one.low, one.high) == (None, None) for one in found)
+    assert all(1 < one.worth < MIN_BLOCKS for one in found if one.worth is not None)
+    assert np.mean([one.corrected for one in found]) == pytest.approx(law.truth, rel=0.15)
 
 
 def test_halving_the_tokens_moves_the_raw_value_only() -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from softprune.evaluate.evaluation import of
 from softprune.evaluate.gate_result import GateResult
 from softprune.evaluate.gates import NEAR_LOSSLESS, read
 from softprune.evaluate.metrics import MetricSettings
-from softprune.evaluate.pair import MAX_BIAS, compare
+from softprune.evaluate.pair import MAX_BIAS, MIN_DENSITY, MIN_TOKENS, compare
 from softprune.evaluate.plane import confident_conflict
 from tests.unit.evaluations import Blocks, cell, document, of_the_study, scored
 
@@ -47,7 +48,12 @@ def test_the_same_twice_passes_and_every_interval_holds_zero() -> None:
 
 
 def test_what_is_near_passes_and_what_is_far_fails() -> None:
-    assert verdict(BASE, NEAR).verdict == "PASS"
+    settings = MetricSettings(xbins=16, ybins=12)
+    assert verdict(document(settings=settings), document(0.005, settings=settings)).verdict == "PASS"
+    near = verdict(BASE, NEAR)
+    assert (near.verdict, near.exit_code) == ("INCOMPLETE", 2)
+    assert all(re.match(r"UNION@\d+: too few tokens for JS2D: 0\.\d of \d+ moved", problem) for problem in near.problems)
+    assert [row.passed for row in near.rows] == [None] * 3
     result = far()
     assert (result.verdict, result.exit_code) == ("FAIL", 1)
     first = result.rows[0]
@@ -265,14 +271,69 @@ def test_which_js2d_is_judged() -> None:
     check = row.checks[-1]
     assert row.js2d.bias > MAX_BIAS
     assert not row.enough_tokens
-    assert check.value == row.js2d.high
-    assert "upper end" in check.note
+    assert (check.value, check.passed, row.passed) == (None, None, False), "other checks fail"
+    assert "too few tokens for JS2D: 0.5 of 731 moved for each cell that one left or entered; 4 at least" in check.note
+    settings = MetricSettings(xbins=24, ybins=18)
+    row = verdict(document(settings=settings, tokens=200), document(0.6, 0.3, settings=settings, tokens=200)).rows[0]
+    assert row.js2d.density is not None
+    assert row.js2d.density > MIN_DENSITY
+    assert row.js2d.raw > 0.02
+    assert not row.enough_tokens
+    assert row.checks[-1].value == row.js2d.high
+    assert "upper end" in row.checks[-1].note
     settings = MetricSettings(xbins=6, ybins=6)
     row = verdict(document(settings=settings), document(0.1, settings=settings)).rows[0]
     assert (row.enough_tokens, row.checks[-1].value, row.checks[-1].note) == (True, row.js2d.raw, "raw")
     study = verdict(of_the_study(BASE), of_the_study(FAR)).rows[0]
     assert (study.enough_tokens, study.checks[-1].value) == (False, study.js2d.raw)
     assert "too few tokens" in study.checks[-1].note
+
+
+ONE = (("UNION", 1024),)
+
+
+def js2d_of(shift: float, blocks: list[int], seed: int = 0, **limits: float) -> GateResult:
+    """A candidate that is judged by JS2D alone, on blocks of so many tokens."""
+    sides = []
+    for harm in (0.0, shift):
+        one = document(harm, rows=ONE, num_blocks=8, tokens=2)
+        tokens = [scored(harm, 0.0, 1, 2 * count, seed + k)[0] for k, count in enumerate(blocks)]
+        one["packs"][0]["seq"]["1024"] = cell([(log_p[:count], h[:count]) for count, (log_p, h) in zip(blocks, tokens, strict=True)])
+        one["meta"]["num_blocks"] = len(blocks)
+        sides.append(of(one, "e"))
+    wide = {f"max_{name}": 1e9 for name in ("abs_delta_ppl", "rel_delta_ppl", "abs_delta_cc_rate", "abs_delta_mean_prob")}
+    rules = {**wide, **limits, "primary_seq_lens": [1024]}
+    return compare(sides[0], sides[1], read(NEAR_LOSSLESS).model_copy(update=rules))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "why"),
+    [
+        ([40_000, *[0] * 15], r"blocks that are worth 1\.0 of"), ([1000, 1000, *[0] * 14], r"blocks that are worth 2\.0 of"),
+        ([8000, *[2] * 15], r"blocks that are worth 1\.0 of one size; 8 at least"),
+        ([31] * 16, "moved for each cell"), ([62] * 16, "moved"), ([94] * 16, "moved"), ([250] * 16, "moved"),
+        ([12] * 16, f"too few tokens for JS2D: 192; {MIN_TOKENS} at least"),
+    ],
+)  # fmt: skip
+def test_few_tokens_or_few_blocks_never_pass(blocks: list[int], why: str) -> None:
+    """True JS2D is 0.1 and more, five times the limit; whatever the seed."""
+    for seed in range(1 if max(blocks) > 5000 else 2):
+        result = js2d_of(2.0, blocks, 100 * seed)
+        assert result.verdict == "INCOMPLETE"
+        assert all(re.search(why, problem) for problem in result.problems), result.problems
+        # A model against itself has the same tokens, and moves none.
+        same = js2d_of(0.0, blocks, 100 * seed)
+        assert same.verdict == ("PASS" if sum(blocks) >= MIN_TOKENS else "INCOMPLETE")
+
+
+def test_no_js2d_is_above_ln_2() -> None:
+    assert js2d_of(2.0, [12] * 16, max_js2d=0.7).verdict == "PASS"
+
+
+def test_another_check_that_fails_is_a_verdict() -> None:
+    result = js2d_of(2.0, [31] * 16, max_abs_delta_mean_prob=0.02)
+    assert (result.verdict, result.problems) == ("FAIL", [])
+    assert {check.metric: check.passed for check in result.rows[0].checks}["js2d"] is None
 
 
 def test_own_thresholds_are_the_studys_rule() -> None:
@@ -332,7 +393,10 @@ def test_the_command_on_what_cannot_be_compared(tmp_path: Path) -> None:
     assert code == 2
     assert "candidate.json" in output
     assert "INCOMPLETE by near-lossless-v1" in output
-    code, output = gate(tmp_path, BASE, document(settings=MetricSettings(xbins=80)))
+    assert str(tmp_path) not in output
+    code, output = gate(tmp_path, BASE, document(settings=MetricSettings(xbins=80)), "--out", str(tmp_path / "gate.json"))
+    # A result that is passed on does not tell of its maker's folders.
+    assert str(tmp_path) not in output + (tmp_path / "gate.json").read_text()
     assert code == 3
     assert "meta.hist_xbins: 160 in" in output
     assert "INVALID" in output
@@ -341,7 +405,10 @@ def test_the_command_on_what_cannot_be_compared(tmp_path: Path) -> None:
     code, output = gate(tmp_path, BASE, broken, "--out", str(tmp_path / "gate.json"))
     assert code == 3
     assert "mean_prob: found nan; expected a finite number" in output
-    assert json.loads((tmp_path / "gate.json").read_text())["verdict"] == "INVALID"
+    assert str(tmp_path) not in output
+    written = json.loads((tmp_path / "gate.json").read_text())
+    assert (written["verdict"], written["candidate"]["label"]) == ("INVALID", "candidate.json")
+    assert written["problems"][0].startswith("candidate.json: packs[0].seq.1024.model.mean_prob: found nan")
     assert gate(tmp_path, BASE, "{")[0] == 3
     assert gate(tmp_path, BASE, BASE, "--gates", "lossless")[0] == 3
     assert gate(tmp_path, BASE, BASE, "--out", str(tmp_path / "none" / "gate.json"))[0] == 3
