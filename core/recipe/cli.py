@@ -79,23 +79,26 @@ def run_command(
     from softprune.evaluate import gates as gates_module
     from softprune.evaluate.eval_recipe import seq_lens_of
     from softprune.evaluate.evaluate import EvalSettings
+    from softprune.evaluate.gate_cli import exits_as_gate
     from softprune.recipe.live import Live, run_live
     from softprune.stats.collect_packs import load
 
-    regime = read.eval_regime
-    lengths = seq_lens_of(seq_lens or regime.get("seq_lens_csv") or "1024,2048")
-    sizes = pack_module.Sizes(lengths, num_blocks or regime.get("num_blocks", 512))
-    with errors.status("packs"):
-        calibration = load(packs or [], str(places.model), collect_seq_len, collect_blocks)
-        scored = pack_module.load(eval_packs or packs or [], str(places.model), sizes)
-    client, other = ServerClient(url, key, engine_key=engine_key), None
-    if rewritten_url is not None:
-        other = ServerClient(rewritten_url, key, engine_key=engine_key)
-    settings = EvalSettings(concurrency=concurrency)
-    live = Live(
-        client, calibration, scored, settings, gates_module.read(gates), other, engine, shlex.split(engine_args), rewrite_anyway
-    )  # fmt: skip
-    raise typer.Exit(max(result.exit_code for result in run_live(read, places, live, _tell, errors)))
+    with exits_as_gate(errors):
+        regime = read.eval_regime
+        lengths = seq_lens_of(seq_lens or regime.get("seq_lens_csv") or "1024,2048")
+        sizes = pack_module.Sizes(lengths, num_blocks or regime.get("num_blocks", 512))
+        with errors.status("packs"):
+            calibration = load(packs or [], str(places.model), collect_seq_len, collect_blocks)
+            scored = pack_module.load(eval_packs or packs or [], str(places.model), sizes)
+        client, other = ServerClient(url, key, engine_key=engine_key), None
+        if rewritten_url is not None:
+            other = ServerClient(rewritten_url, key, engine_key=engine_key)
+        settings = EvalSettings(concurrency=concurrency)
+        live = Live(
+            client, calibration, scored, settings, gates_module.read(gates), other, engine, shlex.split(engine_args), rewrite_anyway
+        )  # fmt: skip
+        results = run_live(read, places, live, _tell, errors)
+    raise typer.Exit(max(result.exit_code for result in results))
 
 
 def lock_command(

@@ -60,3 +60,5 @@ def test_a_recipe_without_a_server_takes_no_options_of_one(tmp_path: Path) -> No
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", str(recipe), "--rewritten-url", "http://127.0.0.1:1"])
     assert result.exit_code == 2
     assert "--url: found nothing, with options that need it; expected a server" in result.output
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", str(recipe), "--url", "http://127.0.0.1:1"])
+    assert result.exit_code == 3  # 2 would mean INCOMPLETE
