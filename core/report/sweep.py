@@ -84,12 +84,17 @@ def _sentence(sweep: Sweep) -> str:
     counts = ", ".join(f"{count} {name}" for name, count in verdicts.most_common())
     words = [f"{plural(len(sweep.cells), 'cell')}: {counts}."]
     passing = [cell for cell in sweep.cells if cell.verdict == "PASS"]
-    fastest = max((cell for cell in passing if cell.decode), key=lambda cell: cell.decode.over_base if cell.decode else 0.0, default=None)
+    timed = [(cell, cell.decode) for cell in passing if cell.decode is not None]
+    # A speed that the interval does not tell from the base's is none to be proud of.
+    faster = [(cell, decode) for cell, decode in timed if decode.low is not None and decode.low > 1]
     fewest = min((cell for cell in passing if cell.keep is not None), key=lambda cell: (cell.keep or 0, cell.rel_ppl or 0.0), default=None)
     if fewest is not None:
         words.append(f"Fewest experts that pass: {fewest.title}, PPL {signed_percent(fewest.rel_ppl)}.")
-    if fastest is not None and fastest.decode is not None:
-        words.append(f"Fastest that passes: {fastest.title}, {fixed(fastest.decode.over_base, 3)} times the base's decode speed.")
+    if faster:
+        cell, decode = max(faster, key=lambda one: one[1].over_base)
+        words.append(f"Fastest that passes: {cell.title}, {fixed(decode.over_base, 3)} times the base's decode speed.")
+    elif timed:
+        words.append("No decode speed of those that pass is told from the base's.")
     if not passing:
         words.append("No cell passes.")
     if sweep.error:

@@ -293,6 +293,17 @@ def test_a_sweep_shows_every_cell(folder: Path) -> None:
     assert page.source.count("band c1") == 1
 
 
+def test_a_speed_that_is_noise_is_not_called_fast(tmp_path: Path) -> None:
+    report_of.sweep(tmp_path, (24,), ("reap", "ean"), 1, **{**SMALL, "rows": SMALL["rows"][:1]})
+    sweep = json.loads((tmp_path / "sweep.json").read_text())
+    for lows, said in (((0.9, 0.9), "No decode speed of those that pass"), ((0.9, 1.01), "Fastest that passes: ean keep 24, 1.2")):
+        for cell, over, low in zip(sweep["cells"], (1.3, 1.2), lows, strict=True):
+            cell["decode"] |= {"over_base": over, "low": low, "high": 1.5}
+            cell["verdict"] = "PASS"
+        (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+        assert said in Page(report([tmp_path / "sweep.json"])).text
+
+
 def test_a_sweep_over_several_draws_of_the_data_and_two_servers(tmp_path: Path) -> None:
     size = {**SMALL, "rows": (("code", 1024), ("UNION", 1024))}
     for seed, data in ((1, "a"), (2, "b")):
