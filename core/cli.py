@@ -47,8 +47,17 @@ class _Group(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except SoftpruneError as error:
-            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-            ctx.exit(2)
+            _fail(ctx, str(error))
+        except ModuleNotFoundError as error:
+            # Beside an engine, softprune is installed without what it depends on; engines bring most of it, but not plots and Parquet.
+            if (error.name or "softprune").startswith("softprune"):
+                raise
+            _fail(ctx, f"Python package {error.name}: found none here; expected it beside softprune, for this command")
+
+
+def _fail(ctx: Any, text: str) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    ctx.exit(2)
 
 
 _OPTIONS: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": "rich"}

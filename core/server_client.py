@@ -222,7 +222,8 @@ class ServerClient:
 
     def _refusal(self, status: int, text: bytes) -> ServerCallError:
         try:
-            error = json.loads(text)["error"]
+            answer = json.loads(text)
+            error = answer.get("error", answer)  # SGLang's OpenAI API puts its fields side by side
             return ServerCallError(self.url, status, str(error["type"]), str(error["message"]), error.get("detail"))
         except (ValueError, KeyError, TypeError, AttributeError):
             hint = "; a server with softprune answers this when it was started with --softprune-control" if status == 404 else ""

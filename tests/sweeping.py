@@ -53,7 +53,7 @@ def softprune(key: str, *arguments: object, code: int = 0, env: Mapping[str, str
 
 
 def sweep(url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[object] = ()) -> dict[str, Any]:
-    """Collect, rank, sweep, and make the report; what stands in sweep.json.
+    """Collect, rank and sweep; what stands in sweep.json.
 
     Args:
         url, key: of a server of the trained model that runs with `--softprune-stats eaft`, under the mask that it is to have at the end.
@@ -72,7 +72,6 @@ def sweep(url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[obje
         key, "sweep", *common, *files(work, "scored"), *scores, "--keep", ",".join(map(str, KEEPS)), "--seq-lens", SEQ_LEN,
         "--num-blocks", BLOCKS, "--gates", work / "strict.json", *decode, "--out", work / "sweep",
     )  # fmt: skip
-    softprune(key, "report", work / "sweep", "-o", work / "sweep.html")
     document: dict[str, Any] = json.loads((work / "sweep" / "sweep.json").read_text())
     return document
 

@@ -47,6 +47,7 @@ def test_a_sweep(server: VllmServer, work: Path, evidence: Evidence) -> None:
     client, process = ServerClient(url, key), server.process.pid
     document = sweep(url, key, work, Path(server.model), ["--decode-batch", 8, "--decode-tokens", 32])
     seconds = time.monotonic() - before
+    softprune(key, "report", work / "sweep", "-o", work / "sweep.html")
     assert (server.process.poll(), server.process.pid) == (None, process)
     assert client.status()["mask"] is None
     assert len(document["cells"]) == len(KEEPS) * len(METHODS)

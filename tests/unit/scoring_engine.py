@@ -87,7 +87,8 @@ class ScoringEngine(FakeEngine):
         if path == "/tokenize":
             if self.tokenizer is None:
                 status, said = self.refusal
-                return await _answer(send, status, json.dumps({"error": {"message": said, "type": "Error"}}).encode())
+                error = {"message": said, "type": "Error"}
+                return await _answer(send, status, json.dumps({"object": "error", **error} if self.native else {"error": error}).encode())
             ids = self.tokenizer(json.loads(body)["prompt"], add_special_tokens=False)["input_ids"]
             return await _answer(send, 200, json.dumps({"tokens": ids, "count": len(ids), "max_model_len": 4096}).encode())
         if path != ("/generate" if self.native else "/v1/completions"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,17 @@ def test_errors_show_names_as_they_are(tmp_path: Path) -> None:
         code, output = run("mask", "show", tmp_path / name)
         assert code == 2
         assert name in output.replace("\n", "")
+
+
+def test_a_package_that_engines_do_not_bring_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "softprune.stats.export", raising=False)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, output = run("stats", "export", tmp_path / "a", "--parquet", tmp_path / "b")
+    assert code == 2
+    assert "Python package pyarrow: found none here" in " ".join(output.split())
+
+
+def test_a_module_of_its_own_that_is_missing_is_a_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "softprune.stats.export", None)
+    with pytest.raises(ModuleNotFoundError):
+        run("stats", "export", tmp_path / "a", "--parquet", tmp_path / "b")

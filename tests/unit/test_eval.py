@@ -391,14 +391,16 @@ def test_tokenizers_are_compared(start: Start, packs: PackSet, tokenizer: Any, t
 
     with pytest.raises(InputError, match=r"--tokenizer: found \d+ tokens of a text, .* from token 40 on; expected the server's \d+, 7, "):
         evaluate(client_of(start(tokenizer=Other())), packs, tmp_path / "x.json")
-    for status, said in NO_TOKENIZER:
+    for number, (status, said) in enumerate(NO_TOKENIZER):
         told: list[str] = []
-        evaluate(client_of(start(tokenizer=None, refusal=(status, said))), packs, tmp_path / "x.json", tell=told.append)
+        server = start(ENGINES[number == len(NO_TOKENIZER) - 1], tokenizer=None, refusal=(status, said))
+        evaluate(client_of(server), packs, tmp_path / f"x{number}.json", tell=told.append)
         assert len(told) == 1
         assert f"does not tokenise (HTTP {status}), so nobody knows whether its tokenizer is the packs'" in told[0]
     for status, said in ((500, "CUDA error"), (503, "busy"), (429, "slow down"), (400, "no such field"), (401, "key")):
-        with pytest.raises(ServerCallError, match=f"HTTP {status} Error: {said}"):
-            evaluate(client_of(start(tokenizer=None, refusal=(status, said))), packs, tmp_path / "y.json")
+        for engine in ENGINES:
+            with pytest.raises(ServerCallError, match=f"HTTP {status} Error: {said}"):
+                evaluate(client_of(start(engine, tokenizer=None, refusal=(status, said))), packs, tmp_path / "y.json")
     small = tmp_path / "small"
     small.mkdir()
     (small / "config.json").write_text(json.dumps({**json.loads((TINY / "weights" / "config.json").read_text()), "vocab_size": 400}))
