@@ -23,9 +23,9 @@ from softprune.checkpoint.families import read_config
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.evaluate import evaluation
 from softprune.evaluate.metrics import Accumulator, MetricSettings
-from softprune.evaluate.packing import UNION, block_hashes, pack_rows, read_rows, union
+from softprune.evaluate.packing import UNION, block_hashes, blocks_sha256, pack_rows, read_rows, union
 from softprune.evaluate.reference import load_reference, score
-from softprune.files import digest_of, digest_of_file
+from softprune.files import digest_of_file
 from softprune.report.progress import count_progress
 
 
@@ -67,8 +67,10 @@ def main(
             "vocabulary_size": read_config(model)["vocab_size"],
         },
     }  # fmt: skip
-    blocks_sha256 = digest_of("".join(block_hashes(blocks)).encode()).removeprefix("sha256:")
-    seen = {"rows_seen": blocks.rows_seen, "rows_sha256": blocks.rows_sha256, "num_blocks": num_blocks, "blocks_sha256": blocks_sha256}
+    seen = {
+        "rows_seen": blocks.rows_seen, "rows_sha256": blocks.rows_sha256, "num_blocks": num_blocks,
+        "blocks_sha256": blocks_sha256(block_hashes(blocks)),
+    }  # fmt: skip
     cell = {**seen, "pack_wall_s": None, "model": accumulator.cell()}
     evaluation.write({"meta": meta, "packs": [{"pack": UNION, "seq": {str(CONTEXT): cell}}]}, out)
 

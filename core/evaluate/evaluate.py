@@ -7,7 +7,6 @@ which no token counts are not sent.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import threading
@@ -27,7 +26,7 @@ from softprune.evaluate.eval_packs import PackSet
 from softprune.evaluate.eval_state import Asked, CellAsked, ScoreStore
 from softprune.evaluate.evaluation import Evaluation
 from softprune.evaluate.metrics import Accumulator, MetricSettings
-from softprune.evaluate.packing import block_hashes
+from softprune.evaluate.packing import block_hashes, blocks_sha256
 from softprune.evaluate.prompt_scores import NO_SCORES, PromptScorer
 from softprune.evaluate.served import ask_served, check_context, check_tokenizer
 from softprune.server_client import ServerClient
@@ -94,7 +93,7 @@ class Evaluating:
                     if known.setdefault(digest, len(self._jobs)) == len(self._jobs):
                         self._jobs.append((pack, seq_len, number))
                 self._cells[pack, seq_len] = [known[digest] for digest in hashes]
-                self._digests[pack, seq_len] = hashlib.sha256("".join(hashes).encode()).hexdigest()
+                self._digests[pack, seq_len] = blocks_sha256(hashes)
         served = self._served
         self._asked = Asked(
             engine=f"{served.engine} {served.version}", model=served.model, path=Path(served.path).name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -18,13 +17,12 @@ from softprune.errors import SoftpruneError
 from softprune.evaluate import evaluation, gates, pair
 from softprune.evaluate.bootstrap import Interval
 from softprune.evaluate.errors import EvaluationFileError
-from softprune.evaluate.gate_result import EXIT_CODES, GateResult, Row
+from softprune.evaluate.gate_result import COLOURS, EXIT_CODES, GateResult, Row
 from softprune.evaluate.gates import Check, Gates
 from softprune.evaluate.served import mask_name
 from softprune.files import write_whole
 
 console = Console(highlight=False)
-_COLOURS = {"PASS": "green", "FAIL": "red", "INCOMPLETE": "yellow", "INVALID": "magenta"}
 
 
 class Rule(str, Enum):
@@ -69,7 +67,7 @@ def gate_command(
             gate_packs=packs and packs.value,
         )  # fmt: skip
         result = judge(base, candidate, chosen, seed)
-        document = json.dumps(result.document(), allow_nan=False, ensure_ascii=False, indent=1) + "\n"
+        document = result.dump()
         if out is not None:
             write_whole(out, document)
     if as_json:
@@ -129,7 +127,7 @@ def show(result: GateResult) -> None:
     failed = [
         f"{row.pack}@{row.seq_len} {_over(check)}" for row in result.rows if row.gated for check in row.checks if check.passed is False
     ]
-    text = f"[bold {_COLOURS[result.verdict]}]{result.verdict}[/] by {escape(result.gates.name)}"
+    text = f"[bold {COLOURS[result.verdict]}]{result.verdict}[/] by {escape(result.gates.name)}"
     console.print(text + (f": {escape('; '.join(failed))}" if failed else ""), soft_wrap=True)
 
 

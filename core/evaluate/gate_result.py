@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -14,6 +15,8 @@ FORMAT: Final = "softprune.gate"
 VERSION: Final = 1
 Verdict = Literal["PASS", "FAIL", "INCOMPLETE", "INVALID"]
 EXIT_CODES: dict[Verdict, int] = {"PASS": 0, "FAIL": 1, "INCOMPLETE": 2, "INVALID": 3}
+COLOURS: dict[str, str] = {"PASS": "green", "FAIL": "red", "INCOMPLETE": "yellow", "INVALID": "magenta"}
+"""Of verdicts, on a terminal."""
 
 
 @dataclass(frozen=True)
@@ -92,3 +95,7 @@ class GateResult:
             "format": FORMAT, "version": VERSION, "date": date, "verdict": self.verdict, "gates": self.gates.model_dump(),
             "base": self.base, "candidate": self.candidate, "problems": self.problems, "rows": [row.document() for row in self.rows],
         }  # fmt: skip
+
+    def dump(self) -> str:
+        """The file's text."""
+        return json.dumps(self.document(), allow_nan=False, ensure_ascii=False, indent=1) + "\n"

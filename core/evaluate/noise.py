@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,5 +106,5 @@ def _rewrite_whole(model: Path, rewritten: Path, errors: Console, tell: Tell) ->
 
 def _gated(pair: Sequence[Evaluation], gates: Gates, folder: Path) -> GateResult:
     result = compare(pair[0], pair[1], gates)
-    write_whole(folder / "gate.json", json.dumps(result.document(), allow_nan=False, ensure_ascii=False, indent=1) + "\n")
+    write_whole(folder / "gate.json", result.dump())
     return result

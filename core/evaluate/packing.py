@@ -81,9 +81,9 @@ def block_hashes(blocks: Blocks) -> list[str]:
     ]
 
 
-def blocks_sha256(blocks: Blocks) -> str:
-    """What identifies all blocks together: SHA-256 over their hashes, in 64 hexadecimal digits."""
-    return hashlib.sha256("".join(block_hashes(blocks)).encode()).hexdigest()
+def blocks_sha256(hashes: Sequence[str]) -> str:
+    """What identifies all blocks together: SHA-256, in 64 hexadecimal digits, over what `block_hashes` gives."""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def read_rows(path: str | Path, column: str = "text") -> Iterator[str]:

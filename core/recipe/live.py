@@ -7,7 +7,6 @@ OUT.rewritten.stats.safetensors.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -148,7 +147,7 @@ def _evaluation(client: ServerClient, live: Live, path: Path, label: str, tell: 
 def _gated(base: Evaluation, candidate: Evaluation, places: Places, live: Live, tell: Tell) -> GateResult:
     result = compare(base, candidate, live.gates)
     path = places.beside(f".{candidate.label}.gate.json")
-    write_whole(path, json.dumps(result.document(), allow_nan=False) + "\n")
+    write_whole(path, result.dump())
     tell(f"gate: {path}, {result.verdict}{': ' + '; '.join(result.problems) if result.problems else ''}")
     return result
 

@@ -6,7 +6,6 @@ output, and the server forgets them. So an interruption loses no more than the p
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from softprune.errors import InputError
-from softprune.evaluate.packing import Blocks, block_hashes, completion_ranges
+from softprune.evaluate.packing import Blocks, block_hashes, blocks_sha256, completion_ranges
 from softprune.evaluate.replay import Replay
 from softprune.runtime.tags import check_tag
 from softprune.server_client import ServerCallError, ServerClient
@@ -80,7 +79,7 @@ class Collection:
         self._asked = Asked(
             fingerprint=status["fingerprint"], mask=(status["mask"] or {}).get("hash"), mode=options.mode, sample=options.sample,
             attribution=options.attribution, seq_len=next(iter(packs.values())).ids.shape[1],
-            packs=[PackAsked(tag=tag, num_blocks=len(one), sha256=_sha256("".join(one))) for tag, one in hashes.items()],
+            packs=[PackAsked(tag=tag, num_blocks=len(one), sha256=blocks_sha256(one)) for tag, one in hashes.items()],
         )  # fmt: skip
         self.folder = StateFolder(out)
         self._state = self.folder.begin(self._asked)
@@ -244,7 +243,3 @@ class Collection:
                 return read(file.name)
         except OSError as error:
             raise StatisticsError(tempfile.gettempdir(), "", error.strerror or str(error), "room for a temporary file") from None
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -178,11 +178,10 @@ class Sweep:
 
     def _entry(self, job: _Job, base: Evaluation, found: Evaluation) -> dict[str, Any]:
         """A line of `sweep.json`; gates are cheap and are always judged anew."""
-        gates = self._settings.gates
-        result = compare(base, found, gates)
+        result = compare(base, found, self._settings.gates)
         gate_file = f"{job.name}.gate.json"
-        write_whole(self._out / gate_file, json.dumps(result.document(), allow_nan=False) + "\n")
-        primary = next((row for row in result.document()["rows"] if row["primary"]), None)
+        write_whole(self._out / gate_file, result.dump())
+        primary = next((row for row in result.rows if row.primary), None)
         cell = job.cell
         entry = {
             "label": job.label, "method": cell and cell.method, "keep": cell and cell.keep, "seed": cell and cell.seed,
@@ -190,7 +189,7 @@ class Sweep:
             "mask": None if cell is None else self._mask_file(cell), "mask_hash": None if cell is None else cell.mask.hash,
             "base": self._base_name(job.seed), "evaluation": f"{job.name}.json", "gate": gate_file, "verdict": result.verdict,
             "ppl": {f"{pack}@{length}": one.metrics["ppl"] for (pack, length), one in found.cells.items()},
-            "rel_ppl": None if primary is None else primary["delta"]["rel_ppl"]["value"], "decode": self._decoded(job), "pareto": False,
+            "rel_ppl": None if primary is None else primary.delta["rel_ppl"].value, "decode": self._decoded(job), "pareto": False,
         }  # fmt: skip
         self._tell(f"{job.label}: {result.verdict}")
         return entry

@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from softprune.evaluate.gate_result import COLOURS
 from softprune.evaluate.packing import UNION
-
-VERDICT_STYLES = {"PASS": "green", "FAIL": "red", "INCOMPLETE": "yellow", "INVALID": "magenta"}
 
 
 def table(document: Mapping[str, Any]) -> Table:
@@ -49,10 +48,8 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _verdicts(verdicts: Sequence[str]) -> str:
-    counts = {verdict: verdicts.count(verdict) for verdict in VERDICT_STYLES if verdict in verdicts}
-    return ", ".join(
-        f"[{VERDICT_STYLES[verdict]}]{verdict}[/]{'' if len(verdicts) == 1 else f' {count}'}" for verdict, count in counts.items()
-    )
+    counts = {verdict: verdicts.count(verdict) for verdict in COLOURS if verdict in verdicts}
+    return ", ".join(f"[{COLOURS[verdict]}]{verdict}[/]{'' if len(verdicts) == 1 else f' {count}'}" for verdict, count in counts.items())
 
 
 def _speed(decode: Mapping[str, Any] | None) -> str:
