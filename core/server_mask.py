@@ -1,4 +1,4 @@
-"""Leaving a server with the mask that it was found with."""
+"""Putting a mask in force for a while, and leaving a server with the one that it was found with."""
 
 from __future__ import annotations
 
@@ -7,8 +7,24 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from softprune.errors import SoftpruneError
+from softprune.errors import InputError, SoftpruneError
+from softprune.mask import ExpertMask
 from softprune.server_client import ServerCallError, ServerClient
+
+
+def switch_obeyed(control: ServerClient, mask: ExpertMask | None, called: str) -> None:
+    """Put a mask in force, or none, and have every router show that it obeys.
+
+    Args:
+        called: what errors call the mask.
+
+    Raises:
+        ServerCallError: the server refuses it.
+        InputError: a router does not obey.
+    """
+    control.switch(mask)
+    if not (verified := control.verify())["obeyed"]:
+        raise InputError(control.url, called, f"a router that does not obey the mask ({verified['detail']})", "routers that do")
 
 
 class Restore:

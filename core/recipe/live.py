@@ -24,7 +24,6 @@ from softprune.evaluate.gates import Gates
 from softprune.evaluate.packing import Blocks
 from softprune.evaluate.pair import compare
 from softprune.files import write_whole
-from softprune.mask import ExpertMask
 from softprune.ranking.criterion import FromStatistics
 from softprune.ranking.registry import criterion
 from softprune.recipe.collect import check_collected, installed_engine, servable, serving
@@ -33,7 +32,7 @@ from softprune.recipe.recipe import Recipe
 from softprune.recipe.run import Places, Tell, choose, make
 from softprune.report.progress import count_progress, tensor_progress
 from softprune.server_client import ServerClient
-from softprune.server_mask import mask_put_back, terminated_by_signal
+from softprune.server_mask import mask_put_back, switch_obeyed, terminated_by_signal
 from softprune.stats.collect import Collection, Options
 from softprune.stats.header import Mode
 
@@ -94,7 +93,7 @@ def _run_live(recipe: Recipe, places: Places, live: Live, tell: Tell, console: C
         with tensor_progress(None, console) as progress:
             chosen = choose(recipe, places, tell, progress)
         base = _evaluation(live.client, live, places.beside(".base.json"), "base", tell, console)
-        _put(live.client, chosen.mask)
+        switch_obeyed(live.client, chosen.mask, "mask")
         masked = _gated(base, _evaluation(live.client, live, places.beside(".masked.json"), "masked", tell, console), places, live, tell)
         if masked.verdict == "PASS":
             restore.forget()
@@ -130,12 +129,6 @@ def _collect(client: ServerClient, blocks: dict[str, Blocks], path: Path, mode: 
     with count_progress("blocks", collection.num_blocks, console, collection.num_done) as advance:
         collection.run(advance)
     tell(f"collect: {path}, {mode} of {sum(one.ids.size for one in blocks.values()):,} tokens")
-
-
-def _put(client: ServerClient, mask: ExpertMask) -> None:
-    client.switch(mask)
-    if not (verified := client.verify())["obeyed"]:
-        raise RecipeError(client.url, "mask", f"a router that does not obey it ({verified['detail']})", "routers that do")
 
 
 def _evaluation(client: ServerClient, live: Live, path: Path, label: str, tell: Tell, console: Console) -> Evaluation:

@@ -24,7 +24,7 @@ from softprune.evaluate.pair import compare
 from softprune.files import write_whole
 from softprune.mask import ExpertMask, read_json
 from softprune.server_client import ServerClient, without_address
-from softprune.server_mask import mask_put_back, terminated_by_signal
+from softprune.server_mask import mask_put_back, switch_obeyed, terminated_by_signal
 from softprune.sweep.cells import Cell
 from softprune.sweep.decode import Decode, decode_beside, is_of
 from softprune.sweep.errors import SweepError
@@ -162,9 +162,7 @@ class Sweep:
     def _evaluated(self, job: _Job) -> Evaluation:
         """The evaluation's file, made if it is not there."""
         client = self._clients[job.server]
-        client.switch(job.mask)
-        if not (verified := client.verify())["obeyed"]:
-            raise SweepError(client.url, job.label, f"a router that does not obey the mask ({verified['detail']})", "routers that do")
+        switch_obeyed(client, job.mask, job.label)
         settings = replace(self._settings.evaluation, label=job.label)
         path = self._out / f"{job.name}.json"
         run = Evaluating(client, self._packs[job.seed], path, settings, self._tell)

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from softprune.cli import app
-from softprune.errors import SoftpruneError
+from softprune.errors import InputError, SoftpruneError
 from softprune.server_client import ServerClient
-from softprune.server_mask import mask_put_back
+from softprune.server_mask import mask_put_back, switch_obeyed
 from tests.unit.fake_control import LAYERS, REFUSED, ServedFake, make_mask
 
 
@@ -50,6 +50,15 @@ def test_what_cannot_be_put_back_is_named(fake: ServedFake) -> None:
 
     with pytest.raises(SoftpruneError, match=f"NOT PUT BACK: mask {before.hash} was in force"):
         refused()
+
+
+def test_a_router_that_does_not_obey(fake: ServedFake, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = ServerClient(fake.url, "right")
+    switch_obeyed(client, None, "none")
+    assert fake.api.in_force is None
+    monkeypatch.setattr(client, "verify", lambda: {"obeyed": False, "detail": "layer 1"})
+    with pytest.raises(InputError, match=r"keep4: found a router that does not obey the mask \(layer 1\)"):
+        switch_obeyed(client, make_mask([[3, 4]] * LAYERS), "keep4")
 
 
 def test_a_recipe_without_a_server_takes_no_options_of_one(tmp_path: Path) -> None:
