@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -28,8 +29,10 @@ from softprune.errors import RefusedError
 from softprune.mask import ExpertMask, MaskModel
 from softprune.runtime.expert_norms import Experts
 from softprune.runtime.router_stats import CONFIDENCE_BINS, RouterStats, TakenSums
+from softprune.runtime.sample_slab import STEP_ROWS
 from softprune.runtime.sampled import Sampler, Settings
 from softprune.runtime.sampled_sums import eaft_header
+from softprune.runtime.sampling import LARGE_STEPS
 from softprune.runtime.tags import Spans, Tags, completions_of
 from softprune.stats.collected import router_tensors
 from softprune.stats.file import Statistics, dump
@@ -454,6 +457,8 @@ def _sampled(settings: Settings) -> dict[Sampled, str]:
     if not settings.samples:
         return {}
     routed = f"1 routed token in {settings.sample}, of prompts and of answers"
+    if (steps := math.gcd(settings.sample, LARGE_STEPS)) > 1:
+        routed += f" (of steps of {STEP_ROWS * settings.sample} tokens and more, one step in {steps} at {steps} times that)"
     scored = (
         f"{routed}, if its prediction was scored: answers, and prompts whose log-probabilities were asked for; the plane has all of those"
     )

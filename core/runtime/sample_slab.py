@@ -42,10 +42,9 @@ class SampleSlab:
         """Of device memory."""
         return self.hidden.nbytes + self.logits.nbytes + self._moves.nbytes
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the next step may find no room."""
-        return self.used + STEP_ROWS > SLAB_ROWS
+    def has_room(self, rows: int) -> bool:
+        """For so many more rows."""
+        return self.used + rows <= SLAB_ROWS
 
     def describe(self, rows: NDArray[np.int64]) -> None:
         """Say which rows of the next step to keep, on the current stream and without waiting for it.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from softprune.runtime.expert_norms import Experts, Routed, routed
 from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS, SampleSlab
 from softprune.runtime.sampled_sums import SampledSums
-from softprune.runtime.sampling import Sampling
+from softprune.runtime.sampling import LARGE_STEPS, Sampling
 from softprune.runtime.token_records import Fetched, TokenRecords
 from softprune.runtime.token_scores import token_scores
 
@@ -124,7 +124,7 @@ class Sampler:
         self.settings: Settings | None = None
         self.lost = 0
         self._shape = num_tags, num_layers, num_experts, eaft
-        self._top_k = top_k
+        self._top_k, self._max_rows = top_k, max_rows
         self._slab = SampleSlab(num_layers, num_experts, hidden_size, device, dtype)
         self._records = TokenRecords(2 * max_rows + _WAITING_TOKENS, device)  # a row may be scored as given, not to count, and as drawn
         self._sums: dict[str | None, SampledSums] = {}
@@ -152,9 +152,14 @@ class Sampler:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture what is done with a full slab, on a GPU: launched kernel by kernel, the engine's experts cost the host 2 ms a layer."""
+        """Compile what is done within steps, and capture what is done with a full slab, on a GPU.
+
+        Launched kernel by kernel, the engine's experts cost the host 2 ms a layer; and a kernel that is compiled while requests are served
+        holds them up for seconds.
+        """
         if not self._slab.hidden.is_cuda or self.experts is None or self._graph is not None:
             return
+        self._compile_within(self.experts)
         self._route_slab(SLAB_ROWS, self.experts, shadow=False)  # compiles
         torch.cuda.synchronize()
         before = torch.cuda.memory_reserved()
@@ -162,6 +167,14 @@ class Sampler:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._captured = self._route_slab(SLAB_ROWS, self.experts, shadow=False)
         self._graph, self._graph_bytes = graph, torch.cuda.memory_reserved() - before
+
+    def _compile_within(self, experts: Experts) -> None:
+        """For the numbers of rows that steps come with at the default sampling."""
+        most, rows = _filled_up(self._max_rows * LARGE_STEPS // Settings().sample), 2 * STEP_ROWS
+        while rows <= most:
+            hidden, logits = (kept[0, :1].expand(rows, -1).contiguous() for kept in (self._slab.hidden, self._slab.logits))
+            routed(0, hidden, logits, self._top_k, experts)
+            rows = _filled_up(rows + 1)
 
     @property
     def measures_within(self) -> bool:
@@ -211,17 +224,18 @@ class Sampler:
         if self.settings is None or not self.settings.samples:
             return
         self._end_step()
-        if self._slab.is_full or self._records.used > _WAITING_TOKENS:
-            self._send()
-        found = self._sampling.of(rows)
+        is_large = not captured and rows >= STEP_ROWS * self._sampling.every
+        found = self._sampling.of_large(rows) if is_large else self._sampling.of(rows)
         if captured and len(found) > STEP_ROWS:
             self.lost += len(found) - STEP_ROWS
             found = self._sampling.some(found, STEP_ROWS)
         within = len(found) > STEP_ROWS
+        if self._records.used > _WAITING_TOKENS or not (within or self._slab.has_room(len(found))):
+            self._send()
         self._inline = None
         if within:
-            # Kernels are compiled anew for numbers of rows that are no multiples of 16: the last row stands in for some more.
-            described = torch.from_numpy(np.pad(found, (0, -len(found) % STEP_ROWS), mode="edge"))
+            # The last row stands in for some more, so that few numbers of rows come up: kernels are compiled for new ones.
+            described = torch.from_numpy(np.pad(found, (0, _filled_up(len(found)) - len(found)), mode="edge"))
             if self._slab.hidden.is_cuda:
                 described = described.pin_memory()
             self._inline = described.to(self._slab.hidden.device, non_blocking=True)
@@ -450,6 +464,12 @@ def _tags_of_completions(spans: Sequence[Span]) -> NDArray[np.int64]:
             tags[row : row + span.rows][~inside] = -1
         row += span.rows
     return tags
+
+
+def _filled_up(rows: int) -> int:
+    """The least of 64, 96, 128, 192, 256, 384, … that is not less."""
+    power = 1 << max(6, (rows - 1).bit_length())
+    return power * 3 // 4 if rows <= power * 3 // 4 and power > STEP_ROWS else power
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ multiples of the file's quanta from the first addend on, so they are the same in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ class SampledSums:
         meant = tags >= 0
         layers = np.arange(routed.ids.shape[0])[:, None, None]
         if routed.shadow is not None:
-            _add(self._shadow, (tags[meant][None, :, None], layers, routed.shadow.numpy()[:, meant]), 1)
+            _add((self._shadow,), (tags[meant][None, :, None], layers, routed.shadow.numpy()[:, meant]), (1,))
         if routed.norms is None:
             return 0
         finite = np.isfinite(routed.norms.numpy()).all((0, 2))
@@ -93,17 +94,15 @@ class SampledSums:
         ids, gates, norms = (tensor.numpy()[:, meant] for tensor in (routed.ids, routed.gates, routed.norms))
         tags, kinds, scores = tags[meant], kinds[meant], scores[meant]
         gate_norms = _rounded(gates.astype(np.float64) * norms, COARSE)
-        at = (tags[None, :, None], layers, ids)
-        for name, values in (("count", 1), ("norm_sum", _rounded(norms.astype(np.float64), COARSE)), ("gate_norm_sum", gate_norms)):
-            _add(self._tensors[f"reap.{name}"], at, values)
+        of_norms = [self._tensors[f"reap.{name}"] for name in ("count", "norm_sum", "gate_norm_sum")]
+        _add(of_norms, (tags[None, :, None], layers, ids), (1, _rounded(norms.astype(np.float64), COARSE), gate_norms))
         known = np.isfinite(scores).all(-1)
         if "eaft.grid_count" in self._tensors and known.any():
             p = bin_of(scores[known, LOG_P].astype(np.float64) / np.log(10.0), GRID.log10_p)
             entropy = bin_of(scores[known, ENTROPY_TOP].astype(np.float64), GRID.entropy)
             of_token = (of_rows[known][None, :, None] for of_rows in (tags, kinds))
             cell = (*of_token, layers, ids[:, known], p[None, :, None], entropy[None, :, None])
-            _add(self._tensors["eaft.grid_count"], cell, 1)
-            _add(self._tensors["eaft.grid_gate_norm"], cell, gate_norms[:, known])
+            _add([self._tensors[f"eaft.grid_{name}"] for name in ("count", "gate_norm")], cell, (1, gate_norms[:, known]))
         return lost
 
 
@@ -116,10 +115,11 @@ _PLANE_P = np.linspace(PLANE.p_min, PLANE.p_max, PLANE_BINS[0] + 1)
 _PLANE_ENTROPY = np.linspace(PLANE.entropy_min, PLANE.entropy_max, PLANE_BINS[1] + 1)
 
 
-def _add(to: NDArray[Any], at: tuple[NDArray[Any], ...], values: Any) -> None:
-    """Add values at places of an array; by one index, which takes NumPy a fraction of the time that several take."""
-    places = np.ravel_multi_index(tuple(np.broadcast_arrays(*at)), to.shape)
-    np.add.at(to.reshape(-1), places.ravel(), np.broadcast_to(values, places.shape).ravel())
+def _add(to: Sequence[NDArray[Any]], at: tuple[NDArray[Any], ...], values: Sequence[Any]) -> None:
+    """Add values at the same places of arrays of one shape; by one index, which takes NumPy a fraction of the time that several take."""
+    places = np.ravel_multi_index(tuple(np.broadcast_arrays(*at)), to[0].shape).ravel()
+    for sums, added in zip(to, values, strict=True):
+        np.add.at(sums.reshape(-1), places, added if np.isscalar(added) else added.ravel())
 
 
 def _rounded(values: NDArray[np.float64], quantum: float) -> NDArray[np.float64]:

@@ -5,8 +5,9 @@
 
 The first adds up the statistics of a Transformers model in float32 over the blocks that `tests.gpu.tiny reference` wrote, where softprune's
 own dependencies are. The second boots the engine on the small trained model as it is (MXFP4), asks for the same blocks' log-probabilities
-while it collects, and compares both; samples 1 token in 16 of them; then boots the 20B shape three times (unpatched, with softprune but
-without statistics, with `--softprune-stats eaft`) and measures decoding and prefill in turns.
+while it collects, and compares both; samples 1 token in 16 of them; asks SGLang's own recorder what it sees of the model; then boots the
+20B shape three times (unpatched, with softprune but without statistics, with `--softprune-stats eaft`) and measures decoding and prefill in
+turns; sends 2,000,000 tokens, and measures again with `--softprune-stats router`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from softprune.bench.decode import measure
@@ -183,21 +186,22 @@ class Trial:
             result[criterion] = {f"top {keep}": _overlap(*scores, keep) for keep in KEEPS}
         return result
 
-    def boot(self) -> dict[str, Server]:
-        """Servers of the 20B shape, not yet ready: unpatched, with softprune but without statistics, and ready to collect all modes."""
+    def boot(self, **kinds: tuple[str, ...] | None) -> dict[str, Server]:
+        """Servers of the 20B shape, not yet ready.
+
+        Args:
+            kinds: of each its further arguments; None for an engine without softprune.
+        """
         gpu = self.engine.on_gpu
         base = self.work / "base"
         if not base.exists():
             synth_checkpoint("gpt-oss-20b" if gpu else "tiny", base, "mxfp4" if gpu else "bf16", seed=0)
         vllm = ("--max-model-len", "9000", "--kv-cache-memory-bytes", str(4 << 30), "--gpu-memory-utilization", "0.2")
         args = () if not gpu else ("--max-total-tokens", "80000") if self.engine.name == "sglang" else vllm
-        kinds = {"unpatched": (False, ()), "collecting": (True, ("--softprune-stats", "eaft")), "without": (True, ("--softprune-control",))}
-        if self.left < 300:
-            kinds.pop("without")
-        return {name: self.start(name, "base", *args, *more, patched=patched) for name, (patched, more) in kinds.items()}
+        return {name: self.start(name, "base", *args, *(more or ()), patched=more is not None) for name, more in kinds.items()}
 
-    def cost(self, servers: dict[str, Server]) -> None:
-        """Decoding and prefill in turns."""
+    def wait(self, servers: dict[str, Server]) -> None:
+        """Until they are up; those that are not are left out, and the result says why."""
         for name, server in list(servers.items()):
             try:
                 server.wait_ready(max(1.0, self.left - 100))
@@ -206,17 +210,63 @@ class Trial:
                 self.result.setdefault("errors", {})[name] = str(error)[-1500:]
                 self.say(f"{name}: {str(error)[-1500:]}")
                 servers.pop(name).stop(grace=0)
-        rows: list[tuple[str, Server, str | None]] = [(name, servers[name], None) for name in ("unpatched", "without") if name in servers]
-        if "collecting" in servers:
-            rows += [
-                ("off", servers["collecting"], None),
-                *((mode, servers["collecting"], mode) for mode in ("router", "reap", "eaft")),
-            ]
+
+    def cost(self, servers: dict[str, Server], trace: Path | None) -> None:
+        """Decoding and prefill in turns, and the growth of memory.
+
+        Args:
+            servers: "unpatched", "without" and "collecting", booting; to be stopped by the caller, as is "router", which is added.
+            trace: where SGLang's profiler is to write what a prefill with log-probabilities is made of, while `eaft` is collected.
+        """
+        self.wait(servers)
+        unpatched, collecting = servers["unpatched"], servers["collecting"]
+        rows = [(name, servers[name], None) for name in ("unpatched", "without") if name in servers]
+        rows += [("off", collecting, None), *((mode, collecting, mode) for mode in ("reap", "eaft"))]
         self.result["decode"] = self.turns(rows, self.decode, rounds=4, need=45)
         self.result["prefill"] = self.turns(rows, self.prefill, rounds=3, need=25)
-        self.result["prefill_logprobs"] = self.turns([rows[0], *rows[-1:]], self.prefill_logprobs, rounds=3, need=12)
-        if "collecting" in servers and self.left > 60:
-            self.result["memory"] = self.growth(servers["collecting"])
+        if "without" in servers:
+            servers.pop("without").stop(grace=0)
+        servers |= self.boot(router=("--softprune-stats", "router"))
+        try:
+            # Not timed, so the other server may boot meanwhile.
+            self.result["memory"] = self.growth(collecting)
+        except Exception as error:  # noqa: BLE001 - what follows does not rest on it
+            self.result["memory"] = {"error": f"{type(error).__name__}: {error}"}
+        self.say(json.dumps(self.result["memory"]))
+        self.wait(servers)
+        if (router := servers.get("router")) is not None:
+            rows = [("unpatched", unpatched, None), ("off", router, None), ("router", router, "router")]
+            self.result["decode_router"] = self.turns(rows, self.decode, rounds=4, need=45)
+            self.result["prefill_router"] = self.turns(rows, self.prefill, rounds=3, need=15)
+            # Log-probabilities of 8,192 tokens take vLLM 20 GB on either side.
+            servers.pop("router").stop(grace=0)
+        rows = [("unpatched", unpatched, None), ("off", collecting, None), ("eaft", collecting, "eaft")]
+        self.result["prefill_logprobs"] = self.turns(rows, self.prefill_logprobs, rounds=4, need=12)
+        if trace is not None and self.engine.name == "sglang":
+            self.collecting(collecting, "eaft")
+            _post(collecting, "/start_profile", {"output_dir": str(trace), "num_steps": "4", "activities": ["CPU", "GPU"]})
+            self.prefill_logprobs(collecting, "profiled")
+
+    def recorder(self) -> None:
+        """What SGLang's own recorder sees of the model."""
+        folder = self.work / "recorded"
+        folder.mkdir(exist_ok=True)
+        row = Row("recorder", "tiny", args=("--expert-distribution-recorder-mode", "stat"), patched=False, graphs=self.engine.on_gpu)
+        server = self.engine.start(row, self.work, {}, free_port(), {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(folder)})
+        try:
+            server.wait_ready(max(1.0, self.left - 20))
+            started = _post(server, "/start_expert_distribution_record")
+            for prompt in np.random.default_rng(0).integers(0, 480, (8, 512)).tolist():
+                self.send(server, prompt, "default")
+            dumped = _post(server, "/dump_expert_distribution_record")
+            files = {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+            seen = {name: int(found["logical_count"].sum()) for name, found in files.items()}
+            self.result["recorder"] = {"started": started, "dumped": dumped, "tokens": 8 * 512, "selections seen": seen}
+        except Exception as error:  # noqa: BLE001 - that it does not run is a finding
+            self.result["recorder"] = {"error": f"{type(error).__name__}: {error}"[-1500:]}
+        finally:
+            server.stop(grace=0)
+        self.say(json.dumps(self.result["recorder"]))
 
     def turns(
         self, rows: list[tuple[str, Server, str | None]], once: Callable[[Server, str], float], rounds: int, need: float
@@ -227,7 +277,7 @@ class Trial:
             for name, server, mode in rows if number % 2 else rows[::-1]:
                 if self.left < need:
                     break
-                self.collecting(server, mode) if name in ("off", "router", "reap", "eaft") else None
+                self.collecting(server, mode) if name not in ("unpatched", "without") else None
                 speed = once(server, f"{name} {number}")
                 if number:
                     speeds[name].append(round(speed, 1))
@@ -276,6 +326,14 @@ class Trial:
             "device_mib": round(status["device_bytes"] / 2**20, 1),
             **{name: status[name] for name in ("missed_tokens", "lost_samples")},
         }  # fmt: skip
+
+
+def _post(server: Server, path: str, body: dict[str, Any] | None = None) -> str:
+    """One of SGLang's calls that answer with a sentence."""
+    data = json.dumps(body or {}).encode()
+    call = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", data, {"content-type": "application/json"})
+    with urllib.request.urlopen(call, timeout=100) as response:
+        return str(response.read().decode()).strip()
 
 
 def state_top_k(found: Statistics) -> int:
@@ -359,6 +417,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--only", choices=["exact", "cost"])
+    parser.add_argument("--trace", type=Path, help="folder for SGLang's profile of a prefill")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
     if args.what == "reference":
@@ -366,12 +425,16 @@ def main() -> None:
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     trial = Trial(ENGINES[args.what](not args.cpu), args.folder.resolve(), args.seconds)
-    servers = trial.boot() if args.only != "exact" else {}
+    servers: dict[str, Server] = {}
     try:
+        if args.only != "exact":
+            servers |= trial.boot(unpatched=None, without=("--softprune-control",), collecting=("--softprune-stats", "eaft"))
         if args.only != "cost":
             trial.exact(args.checkpoint, args.blocks, args.reference)
+            if args.what == "sglang":
+                trial.recorder()
         if servers:
-            trial.cost(servers)
+            trial.cost(servers, args.trace)
     except Exception as error:
         trial.result["error"] = f"{type(error).__name__}: {error}"[-3000:]
         raise

@@ -3,7 +3,8 @@
     python -m tests.gpu.stats_figures ENGINE RUN.json [LATER_RUN.json …]
 
 What a later run measured takes the place of an earlier one's; all runs are in the raw file. "off" in a headline's name is an
-unpatched engine, "idle" one that was started with statistics and collects none, "without" one with softprune but without statistics.
+unpatched engine, "idle" one that was started with `eaft` and collects nothing ("idle_router": with `router`, as it was for that mode's
+figures), "without" one with softprune but without statistics.
 Passes are left out of medians, and ratios of too few passes out of the headlines, as in `tests.gpu.figures`.
 """
 
@@ -18,7 +19,10 @@ from typing import Any
 from softprune.bench.headline import record
 from tests.gpu.figures import ENOUGH, RESULTS, undisturbed
 
-MEASURED = {"decode": "decode_bs32", "prefill": "prefill_8x8192", "prefill_logprobs": "prefill_8x8192_logprobs"}
+MEASURED = {
+    "decode": "decode_bs32", "prefill": "prefill_8x8192", "prefill_logprobs": "prefill_8x8192_logprobs",
+    "decode_router": "decode_bs32", "prefill_router": "prefill_8x8192",
+}  # fmt: skip
 MODES = {"router": "router", "reap": "reap", "eaft": "eaft", "off": "idle", "without": "without"}
 """A row of the raw file, and its name in a headline."""
 OTHERS = ("unpatched", "without", "off")
@@ -48,6 +52,8 @@ def main(engine: str, sources: list[Path]) -> None:
             found = run.get(measured, {}).get("ratios", {})
             for mode, name in MODES.items():
                 if f"{mode} / unpatched" in found:
+                    if measured.endswith("_router") and mode == "off":
+                        name = "idle_router"
                     record(
                         RESULTS / "headline.json",
                         f"{engine}.stats.{name}_over_off.{suffix}",

@@ -216,6 +216,22 @@ def test_one_in_sixteen(tmp_path: Path) -> None:
     assert found.header.sampling == {"reap": 16, "eaft": 16}
 
 
+def test_one_in_sixteen_of_long_prompts(tmp_path: Path) -> None:
+    """Large steps in two stages: half of them with 1 in 8 tokens, each by what it is; the steps between keep nothing."""
+    engine = SampledEngine(sample=16)
+    engine.start()
+    long, size = Request("long", 0, 8 * 16 * STEP_ROWS, asked=True), 16 * STEP_ROWS
+    for first in range(0, long.prompt, size):
+        engine.step((long, first, size))
+    found = engine.file(tmp_path)
+    assert (found["reap.count"].sum((0, 2)) == long.prompt // 16 * TOP_K).all()
+    assert found["eaft.hist"].sum() == long.prompt
+    assert engine.collector.status()["lost_samples"] == 0
+    expected = engine.expected(1)
+    mean = {name: found["reap.norm_sum"].sum() / found["reap.count"].sum() for name, found in (("found", found), ("expected", expected))}
+    assert mean["found"] == pytest.approx(mean["expected"], rel=0.05)
+
+
 def test_nothing_grows() -> None:
     """With the steps of a long run, of a server that samples nothing and of one that samples."""
     for settings in ({"mode": "router"}, {"sample": 1000}, {"attribution": "target"}):

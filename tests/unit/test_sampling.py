@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from softprune.runtime.expert_norms import Routed, routed
 from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS, SampleSlab
 from softprune.runtime.sampled_sums import GRID, PLANE, SampledSums
-from softprune.runtime.sampling import Sampling
+from softprune.runtime.sampling import LARGE_STEPS, Sampling
 from softprune.runtime.token_records import TokenRecords
 from softprune.runtime.token_scores import reference
 from softprune.stats.layout import PLANE_BINS
@@ -35,6 +35,26 @@ def test_exactly_one_of_each_window(every: int) -> None:
     if every == 16:
         expected = whole / every
         assert abs(np.bincount(places % every, minlength=every) - expected).max() < 5 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize(("every", "rows"), [(16, 8192), (16, 1029), (2, 500), (3, 500), (1, 500)])
+def test_large_steps_are_sampled_in_two_stages(every: int, rows: int) -> None:
+    """A token's chance is 1 in N, whatever its place and its step's; a step is sampled whole or not at all."""
+    sampling, steps = Sampling(every, seed=every), 4000
+    counts, sizes, taken = np.zeros(rows), [], []
+    for _ in range(steps):
+        places = sampling.of_large(rows)
+        assert np.array_equal(places, np.unique(places))
+        counts[places] += 1
+        sizes.append(len(places))
+    of_steps = LARGE_STEPS if every % LARGE_STEPS == 0 else 1
+    taken = np.reshape(np.array(sizes) > 0, (-1, of_steps))
+    assert (taken.sum(1) == 1).all()
+    assert abs(taken.mean(0) - 1 / of_steps).max() < 0.05
+    whole = rows // (every // of_steps)
+    assert {size for size in sizes if size} <= {whole, whole + 1}
+    expected = steps / every
+    assert abs(counts - expected).max() <= 5 * math.sqrt(expected)
 
 
 def test_some_of_too_many() -> None:
@@ -66,11 +86,14 @@ def test_the_slab_keeps_the_rows_that_it_was_told_of() -> None:
     slab.describe(np.empty(0, np.int64))
     slab.take(0, torch.ones(5, 6).bfloat16(), torch.ones(5, 4).bfloat16())
     assert torch.equal(slab.hidden, before)
-    while not slab.is_full:
+    while slab.has_room(STEP_ROWS):
         slab.describe(np.arange(STEP_ROWS))
-    assert SLAB_ROWS - STEP_ROWS < slab.used <= SLAB_ROWS
+    left = SLAB_ROWS - slab.used
+    assert 0 <= left < STEP_ROWS
+    assert slab.has_room(left)
+    assert not slab.has_room(left + 1)
     slab.clear()
-    assert not slab.is_full
+    assert slab.has_room(SLAB_ROWS)
 
 
 def test_records_have_numbers_that_go_on() -> None:
