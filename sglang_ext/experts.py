@@ -1,4 +1,4 @@
-"""Running SGLang's experts one at a time, by the kernels and on the weights that serve: for the norms of their outputs."""
+"""Running chosen ones of SGLang's experts, by the kernels and on the weights that serve: for the norms of their outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softprune.runtime.expert_norms import Experts, leaving_no_choice
 from softprune.sglang_ext import seams
 
 
-def single_experts(layers: Sequence[MoeLayer], num_experts: int) -> Experts:
+def experts_of(layers: Sequence[MoeLayer], num_experts: int) -> Experts:
     """The experts of a model's layers.
 
     Args:
@@ -27,10 +27,10 @@ def single_experts(layers: Sequence[MoeLayer], num_experts: int) -> Experts:
         topk = layer.block.topk
         blocks.append((topk, seams.attribute(topk, "topk_config", seams.TOP_K.name), layer.block.experts))
 
-    def run(layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def run(layer: int, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         topk, config, experts = blocks[layer]
-        logits = leaving_no_choice(ids, num_experts, hidden.dtype)
-        served, config.top_k = config.top_k, 1
+        logits = leaving_no_choice(ids, gates, num_experts, hidden.dtype)
+        served, config.top_k = config.top_k, ids.shape[1]
         try:
             # Past the module's hooks, among which is the route probe's.
             selected = topk.forward(hidden, logits)

@@ -96,7 +96,7 @@ def _connect_sampler(runner: Any, model: MaskedModel, layers: Sequence[MoeLayer]
     if dist.get_world_size() != 1:
         found = f"{dist.get_world_size()} processes"
         raise RefusedError(f"--softprune-stats {model.launch.stats}: found {found}; expected one, which has whole experts")
-    model.connect_experts(experts.single_experts(layers, model.spec.num_experts))
+    model.connect_experts(experts.experts_of(layers, model.spec.num_experts))
     collector.keep_within(sampler)
     if model.launch.stats == "eaft":
         collector.score(runner, sampler)

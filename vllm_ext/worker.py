@@ -166,7 +166,7 @@ class ExpertMaskWorker:
             # There, vLLM's compiler looks into the op that the hook stands in.
             raise RefusedError(f"--softprune-stats {self._launch.stats}: found a compiled model on a CPU; expected --enforce-eager")
         seams.check(seams.EXPERTS)
-        model.connect_experts(experts.single_experts(self._layers, model.hidden_size), partial(_engine_context, self.vllm_config))
+        model.connect_experts(experts.experts_of(self._layers, model.hidden_size), partial(_engine_context, self.vllm_config))
         if self._launch.stats == "eaft" and self._steps is not None:
             self._steps.score(self.model_runner)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import math
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -29,10 +28,8 @@ from softprune.errors import RefusedError
 from softprune.mask import ExpertMask, MaskModel
 from softprune.runtime.expert_norms import Experts
 from softprune.runtime.router_stats import CONFIDENCE_BINS, RouterStats, TakenSums
-from softprune.runtime.sample_slab import STEP_ROWS
 from softprune.runtime.sampled import Sampler, Settings
 from softprune.runtime.sampled_sums import eaft_header
-from softprune.runtime.sampling import LARGE_STEPS
 from softprune.runtime.tags import Spans, Tags, completions_of
 from softprune.stats.collected import router_tensors
 from softprune.stats.file import Statistics, dump
@@ -303,6 +300,7 @@ class Collector:
             {"mode": None before a start, "sample": N or None where nothing is sampled, "shadow", "attribution", "most": the mode that the
             server was started with, "collecting", "tags", "max_tags", "masks": of each mask that something was counted under
             {"mask": hash or None, "epochs", "tokens": {tag: {"prefill", "decode", "cached"}}}, "missed_tokens", "lost_samples",
+            "reads_outputs": whether long prefills have their norms read from the engine's kernels (None in mode "router"),
             "device_bytes", "unhooked_layers"}.
         """
         settings = self._settings
@@ -316,6 +314,7 @@ class Collector:
             "shadow": bool(settings and settings.shadow), "attribution": settings.attribution if settings else None, "most": self._most,
             "collecting": self._running is not None, "tags": list(self.tags.names), "max_tags": self.tags.room,
             "masks": masks, "missed_tokens": self._missed, "lost_samples": self.sampler.lost if self.sampler else 0,
+            "reads_outputs": self.sampler.reads_outputs if self.sampler else None,
             "device_bytes": self.stats.num_bytes + (self.sampler.num_bytes if self.sampler else 0), "unhooked_layers": self.unseen,
         }  # fmt: skip
 
@@ -457,8 +456,6 @@ def _sampled(settings: Settings) -> dict[Sampled, str]:
     if not settings.samples:
         return {}
     routed = f"1 routed token in {settings.sample}, of prompts and of answers"
-    if (steps := math.gcd(settings.sample, LARGE_STEPS)) > 1:
-        routed += f" (of steps of {STEP_ROWS * settings.sample} tokens and more, one step in {steps} at {steps} times that)"
     scored = (
         f"{routed}, if its prediction was scored: answers, and prompts whose log-probabilities were asked for; the plane has all of those"
     )

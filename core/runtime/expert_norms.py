@@ -13,8 +13,9 @@ import torch
 
 from softprune.runtime.router_stats import chosen_experts
 
-Experts = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, hidden [n, hidden_size], ids int64 [n]) -> [n, hidden_size]: row i by expert ids[i] alone, with gate 1, biases included."""
+Experts = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, hidden [n, hidden_size], ids int64 [n, k], gates float32 [n, k]) -> [n, hidden_size]: of each row, the sum of what these experts
+make of it, biases included, times their gates, which add up to 1."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Routed:
         tensors = (None if tensor is None else tensor[..., :rows, :] for tensor in (self.ids, self.gates, self.norms, self.shadow))
         return Routed(*tensors)  # type: ignore[arg-type]
 
+    def ascending(self) -> Routed:
+        """The same experts of each row in ascending order."""
+        order = self.ids.argsort(-1)
+        norms = None if self.norms is None else self.norms.gather(-1, order)
+        return Routed(self.ids.gather(-1, order), self.gates.gather(-1, order), norms, self.shadow)
+
     def to_host(self) -> Routed:
         """Copies on their way to the host, on the current stream."""
         return Routed(*(None if tensor is None else to_host(tensor) for tensor in (self.ids, self.gates, self.norms, self.shadow)))  # type: ignore[arg-type]
@@ -67,23 +74,24 @@ def routed(layer: int, hidden: torch.Tensor, logits: torch.Tensor, top_k: int, e
     ids, gates = chosen_experts(logits.float(), top_k)
     norms = None
     if experts is not None:
-        outputs = experts(layer, hidden.repeat_interleave(top_k, 0), ids.flatten())
+        outputs = experts(layer, hidden.repeat_interleave(top_k, 0), ids.reshape(-1, 1), torch.ones_like(gates).reshape(-1, 1))
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32).view_as(gates)
     return Routed(ids.to(torch.int16), gates, norms)
 
 
-def leaving_no_choice(ids: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
-    """Router logits by which a kernel that selects one expert a row selects these.
+def leaving_no_choice(ids: torch.Tensor, gates: torch.Tensor, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """Router logits by which a kernel that selects k experts a row selects these, with these gates but for rounding.
 
     Args:
-        ids: int64 [n].
+        ids: int64 [n, k].
+        gates: float32 [n, k], which add up to 1.
         num_experts: of the layer.
         dtype: of the logits.
 
     Returns:
-        [n, num_experts]: 0 where the id is, -inf elsewhere.
+        [n, num_experts]: logarithms of the gates where the ids are, -inf elsewhere.
     """
-    return torch.full((len(ids), num_experts), -torch.inf, dtype=dtype, device=ids.device).scatter_(1, ids[:, None], 0.0)
+    return torch.full((len(ids), num_experts), -torch.inf, dtype=dtype, device=ids.device).scatter_(1, ids, gates.log().to(dtype))
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -130,9 +130,9 @@ class MaskedModel:
             return
         routers = self.routers
 
-        def run(layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        def run(layer: int, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
             with context():
-                return experts(layer, hidden, ids)
+                return experts(layer, hidden, ids, gates)
 
         def route(layer: int, hidden: torch.Tensor) -> torch.Tensor:
             with context(), self._probe_off():

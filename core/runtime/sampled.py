@@ -1,8 +1,9 @@
 """Collecting the modes `reap` and `eaft` in a serving engine: sampled rows, and how sure the model was of its tokens.
 
 A sampled row waits in the slab until a few hundred are there; then, between two steps, the engine's experts are run on them, and their
-norms, gates and ids go to the host together with the tokens' scores. A step with more sampled rows than fit (a long prefill) measures
-them within each layer instead. The host adds up what arrived while the device goes on; it never waits for a step.
+norms, gates and ids go to the host together with the tokens' scores. A step with more sampled rows than fit (a long prefill) has them
+measured within each layer instead: what the layer's own kernels made of them is read, or, where that cannot be, the experts are run on
+them again. The host adds up what arrived while the device goes on; it never waits for a step.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from softprune.runtime.expert_norms import Experts, Routed, routed
+from softprune.runtime.gated_outputs import GatedOutputs
 from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS, SampleSlab
 from softprune.runtime.sampled_sums import SampledSums
-from softprune.runtime.sampling import LARGE_STEPS, Sampling
+from softprune.runtime.sampling import Sampling
 from softprune.runtime.token_records import Fetched, TokenRecords
 from softprune.runtime.token_scores import token_scores
 
@@ -30,6 +32,8 @@ TEACHER_FORCED, SAMPLED = 0, 1
 """Index of the kind axis."""
 _WAITING_TOKENS = 8192
 """Records from which on they are fetched."""
+_AGREEMENT = 0.05
+"""Largest relative difference of a norm that was read from one that was computed again; both round to BF16."""
 _REMEMBERED = 4096
 """Requests whose last record is remembered, for attribution to the token itself."""
 
@@ -113,6 +117,8 @@ class Sampler:
         unmasked: (layer, hidden) -> logits without a mask, for shadow counts.
         settings: None while nothing is collected.
         lost: sampled rows that could not be measured, and tokens without finite scores.
+        outputs: what experts made within a step, where it can be read.
+        reads_outputs: whether it can; known from `warm_up` on.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Sampler:
         self.unmasked: Callable[[int, torch.Tensor], torch.Tensor] | None = None
         self.settings: Settings | None = None
         self.lost = 0
+        self.outputs, self.reads_outputs = GatedOutputs(), False
         self._shape = num_tags, num_layers, num_experts, eaft
         self._top_k, self._max_rows = top_k, max_rows
         self._slab = SampleSlab(num_layers, num_experts, hidden_size, device, dtype)
@@ -152,14 +159,16 @@ class Sampler:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile what is done within steps, and capture what is done with a full slab, on a GPU.
+        """Find out how rows are measured within steps, and capture what is done with a full slab, on a GPU.
 
         Launched kernel by kernel, the engine's experts cost the host 2 ms a layer; and a kernel that is compiled while requests are served
         holds them up for seconds.
         """
         if not self._slab.hidden.is_cuda or self.experts is None or self._graph is not None:
             return
-        self._compile_within(self.experts)
+        self.reads_outputs = self.outputs.watch() and self._agrees(self.experts)
+        if not self.reads_outputs:
+            self._compile_within(self.experts)
         self._route_slab(SLAB_ROWS, self.experts, shadow=False)  # compiles
         torch.cuda.synchronize()
         before = torch.cuda.memory_reserved()
@@ -168,9 +177,33 @@ class Sampler:
             self._captured = self._route_slab(SLAB_ROWS, self.experts, shadow=False)
         self._graph, self._graph_bytes = graph, torch.cuda.memory_reserved() - before
 
+    def _agrees(self, experts: Experts) -> bool:
+        """Whether outputs that are read of made-up rows have the norms that the experts give one at a time."""
+        generator = torch.Generator().manual_seed(0)
+        hidden, logits = (
+            torch.randn(STEP_ROWS, kept.shape[-1], generator=generator).to(kept) for kept in (self._slab.hidden, self._slab.logits)
+        )
+        expected = routed(0, hidden, logits, self._top_k, experts).ascending()
+        read: list[Routed] = []
+        self._read(torch.arange(STEP_ROWS, device=hidden.device), replace(expected, norms=None), read.append)
+        experts(0, hidden, expected.ids.long(), expected.gates)
+        self.outputs.forget()
+        return bool(read) and torch.allclose(read[0].norms, expected.norms, rtol=_AGREEMENT)  # type: ignore[arg-type]
+
+    def _read(self, rows: torch.Tensor, found: Routed, then: Callable[[Routed], None]) -> None:
+        """Once the next layer's experts have run, give `then` what these rows were routed to (experts ascending), with norms."""
+        width, dtype = self._slab.hidden.shape[-1], self._slab.logits.dtype
+
+        def measure(gated: torch.Tensor) -> None:
+            norms = torch.linalg.vector_norm(gated[..., :width], dim=-1, dtype=torch.float32)
+            # The kernels keep gates in the dtype of the logits.
+            then(replace(found, norms=norms / found.gates.to(dtype).float()))
+
+        self.outputs.ask(rows, measure)
+
     def _compile_within(self, experts: Experts) -> None:
         """For the numbers of rows that steps come with at the default sampling."""
-        most, rows = _filled_up(self._max_rows * LARGE_STEPS // Settings().sample), 2 * STEP_ROWS
+        most, rows = _filled_up(self._max_rows // Settings().sample), _filled_up(STEP_ROWS + 1)
         while rows <= most:
             hidden, logits = (kept[0, :1].expand(rows, -1).contiguous() for kept in (self._slab.hidden, self._slab.logits))
             routed(0, hidden, logits, self._top_k, experts)
@@ -224,8 +257,7 @@ class Sampler:
         if self.settings is None or not self.settings.samples:
             return
         self._end_step()
-        is_large = not captured and rows >= STEP_ROWS * self._sampling.every
-        found = self._sampling.of_large(rows) if is_large else self._sampling.of(rows)
+        found = self._sampling.of(rows)
         if captured and len(found) > STEP_ROWS:
             self.lost += len(found) - STEP_ROWS
             found = self._sampling.some(found, STEP_ROWS)
@@ -234,8 +266,9 @@ class Sampler:
             self._send()
         self._inline = None
         if within:
+            more = 0 if self.reads_outputs else _filled_up(len(found)) - len(found)
             # The last row stands in for some more, so that few numbers of rows come up: kernels are compiled for new ones.
-            described = torch.from_numpy(np.pad(found, (0, _filled_up(len(found)) - len(found)), mode="edge"))
+            described = torch.from_numpy(np.pad(found, (0, more), mode="edge"))
             if self._slab.hidden.is_cuda:
                 described = described.pin_memory()
             self._inline = described.to(self._slab.hidden.device, non_blocking=True)
@@ -259,9 +292,17 @@ class Sampler:
             copy_to.copy_(logits[: len(copy_to)])
         step = self._step
         if self._under_way and step is not None and self._inline is not None and step.layers is not None:
-            width = self._slab.hidden.shape[-1]
-            found = self._routed(layer, hidden[self._inline, :width], logits[self._inline])
-            step.layers[layer] = found.first(len(step.rows))
+            self._measure_within(step.layers, layer, hidden, logits, self._inline)
+
+    def _measure_within(
+        self, layers: dict[int, Routed], layer: int, hidden: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor
+    ) -> None:  # fmt: skip
+        assert self.settings is not None
+        inputs, of_rows = hidden[rows, : self._slab.hidden.shape[-1]], logits[rows]
+        if self.reads_outputs and self.settings.mode != "router":
+            self._read(rows, self._routed(layer, inputs, of_rows, None).ascending(), functools.partial(layers.__setitem__, layer))
+        else:
+            layers[layer] = self._routed(layer, inputs, of_rows, self.experts)
 
     def _keeps(self, hidden: torch.Tensor) -> bool:
         """Whether a layer's rows go into the slab: in a captured graph always, since it cannot know what a step will sample."""
@@ -281,6 +322,7 @@ class Sampler:
     def launched(self) -> None:
         """The step has been launched: its layers have been given their inputs."""
         self._inline, self._under_way = None, False
+        self.outputs.forget()
 
     def drawn(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
         """The step's next tokens.
@@ -336,6 +378,7 @@ class Sampler:
     def _end_step(self) -> None:
         """All that is to be known of the last step is known."""
         step, self._step, self._inline, self._under_way = self._step, None, None, False
+        self.outputs.forget()
         if step is None:
             return
         rows = self._rows_of(step)
@@ -344,7 +387,8 @@ class Sampler:
         if step.layers is None:
             self._waiting.append(rows)
         elif len(step.layers) == self._shape[1]:
-            self._measured.append((Routed.stacked([step.layers[layer] for layer in sorted(step.layers)]), rows))
+            found = Routed.stacked([step.layers[layer] for layer in sorted(step.layers)])
+            self._measured.append((found.first(len(step.rows)), rows))
         else:
             self.lost += len(step.rows)  # a captured graph ran
         if self._measured:
@@ -375,10 +419,10 @@ class Sampler:
             self._last.pop(next(iter(self._last)))
         return shifted
 
-    def _routed(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor) -> Routed:
+    def _routed(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor, experts: Experts | None) -> Routed:
         settings = self.settings
         assert settings is not None
-        found = routed(layer, hidden, logits, self._top_k, self.experts if settings.mode != "router" else None)
+        found = routed(layer, hidden, logits, self._top_k, experts if settings.mode != "router" else None)
         return replace(found, shadow=self._shadow(layer, hidden)) if settings.shadow else found
 
     def _shadow(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:

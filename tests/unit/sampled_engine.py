@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from softprune.mask import ExpertMask
 from softprune.runtime.collector import Span, file_of
+from softprune.runtime.router_stats import chosen_experts
 from softprune.runtime.token_scores import token_scores
 from softprune.stats.file import Statistics, read
 from softprune.stats.grid import DEFAULT_GRID, bin_of
@@ -57,7 +58,10 @@ class SampledEngine:
     Attributes:
         rows: computed while something was collected.
         scored: (request, position) -> (kind, [log p, H, H of the top]) of each token whose prediction counts.
+        adds_up: given what experts make of each row times their gates, [rows, top_k, HIDDEN], experts ascending; None for nothing.
     """
+
+    adds_up: Any = None
 
     def __init__(self, most: str = "eaft", says_before: bool = False, **settings: Any) -> None:
         self.model = make_model(make_launch(stats=most))
@@ -70,7 +74,7 @@ class SampledEngine:
             forward = router.forward
             # A router through whose module its logits are seen, as SGLang's are.
             object.__setattr__(router, "forward", self._seen(layer, forward))
-        self.model.connect_experts(lambda layer, hidden, ids: hidden.float() * SCALES[layer][ids][:, None])
+        self.model.connect_experts(lambda layer, hidden, ids, gates: hidden.float() * (SCALES[layer][ids] * gates).sum(1, keepdim=True))
 
     @property
     def sampler(self) -> Any:
@@ -137,6 +141,9 @@ class SampledEngine:
             logits = [self._logits(layer, request, position) for request, position in tokens]
             logits += [torch.full((EXPERTS,), 3.0, dtype=torch.bfloat16)] * padding
             self.collector.record(layer, hidden, torch.stack(logits))
+            if self.adds_up is not None:
+                ids, gates = _ascending(torch.stack(logits))
+                self.adds_up(hidden[:, None, :HIDDEN].float() * (SCALES[layer][ids] * gates.bfloat16().float())[..., None])
 
     def _logits(self, layer: int, request: Request, position: int, unmasked: bool = False) -> torch.Tensor:
         """Of one row alone, so that the number of rows does not matter."""
@@ -222,6 +229,13 @@ def same(found: Statistics, expected: dict[str, NDArray[Any]], *prefixes: str) -
             assert np.array_equal(found[name], expected[name]), name
         else:
             assert np.allclose(found[name], expected[name], rtol=1e-5, atol=1000 * COARSE), name
+
+
+def _ascending(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen experts and their gates, in ascending order of ids."""
+    ids, gates = chosen_experts(logits.float(), TOP_K)
+    order = ids.argsort(-1)
+    return ids.gather(1, order), gates.gather(1, order)
 
 
 def _random(name: str, position: int, size: int) -> torch.Tensor:

@@ -217,7 +217,7 @@ def test_one_in_sixteen(tmp_path: Path) -> None:
 
 
 def test_one_in_sixteen_of_long_prompts(tmp_path: Path) -> None:
-    """Large steps in two stages: half of them with 1 in 8 tokens, each by what it is; the steps between keep nothing."""
+    """Measured within layers, each by what it is."""
     engine = SampledEngine(sample=16)
     engine.start()
     long, size = Request("long", 0, 8 * 16 * STEP_ROWS, asked=True), 16 * STEP_ROWS
@@ -250,7 +250,7 @@ def test_norms_that_are_not_finite_are_lost_and_poison_nothing(tmp_path: Path) -
     engine = SampledEngine("reap")
     engine.start()
     scaled = engine.sampler.experts
-    engine.sampler.experts = lambda layer, hidden, ids: torch.where(hidden[:, :1] > 0.5, torch.inf, scaled(layer, hidden, ids))
+    engine.sampler.experts = lambda layer, hidden, *chosen: torch.where(hidden[:, :1] > 0.5, torch.inf, scaled(layer, hidden, *chosen))
     engine.step((Request("a", 0, 50), 0, 50))
     found, lost = engine.file(tmp_path), engine.collector.status()["lost_samples"]
     assert 0 < lost < 50

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from softprune.runtime.expert_norms import Routed, routed
 from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS, SampleSlab
 from softprune.runtime.sampled_sums import GRID, PLANE, SampledSums
-from softprune.runtime.sampling import LARGE_STEPS, Sampling
+from softprune.runtime.sampling import Sampling
 from softprune.runtime.token_records import TokenRecords
 from softprune.runtime.token_scores import reference
 from softprune.stats.layout import PLANE_BINS
@@ -35,26 +35,6 @@ def test_exactly_one_of_each_window(every: int) -> None:
     if every == 16:
         expected = whole / every
         assert abs(np.bincount(places % every, minlength=every) - expected).max() < 5 * math.sqrt(expected)
-
-
-@pytest.mark.parametrize(("every", "rows"), [(16, 8192), (16, 1029), (2, 500), (3, 500), (1, 500)])
-def test_large_steps_are_sampled_in_two_stages(every: int, rows: int) -> None:
-    """A token's chance is 1 in N, whatever its place and its step's; a step is sampled whole or not at all."""
-    sampling, steps = Sampling(every, seed=every), 4000
-    counts, sizes, taken = np.zeros(rows), [], []
-    for _ in range(steps):
-        places = sampling.of_large(rows)
-        assert np.array_equal(places, np.unique(places))
-        counts[places] += 1
-        sizes.append(len(places))
-    of_steps = LARGE_STEPS if every % LARGE_STEPS == 0 else 1
-    taken = np.reshape(np.array(sizes) > 0, (-1, of_steps))
-    assert (taken.sum(1) == 1).all()
-    assert abs(taken.mean(0) - 1 / of_steps).max() < 0.05
-    whole = rows // (every // of_steps)
-    assert {size for size in sizes if size} <= {whole, whole + 1}
-    expected = steps / every
-    assert abs(counts - expected).max() <= 5 * math.sqrt(expected)
 
 
 def test_some_of_too_many() -> None:
@@ -191,13 +171,13 @@ def test_norms_are_those_of_each_chosen_expert() -> None:
     """Each row is given to the experts once for each that was chosen; ties go to the smaller id."""
     hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     logits = torch.tensor([[1.0, 3, 2, 0], [0, 0, 0, 0], [4, -math.inf, 5, -math.inf], [0, 1, 2, 3], [9, 0, 9, 0]])
-    found = routed(1, hidden, logits, 2, lambda layer, rows, ids: rows * (ids[:, None] + layer))
+    found = routed(1, hidden, logits, 2, lambda layer, rows, ids, gates: rows * (ids + layer) * gates)
     assert found.ids.tolist() == [[1, 2], [0, 1], [2, 0], [3, 2], [0, 2]]
     assert found.norms is not None
     for row in range(5):
         assert found.gates[row].tolist() == pytest.approx(logits[row][found.ids[row].long()].softmax(-1).tolist())
         assert found.norms[row].tolist() == pytest.approx([float(hidden[row].norm() * (expert + 1)) for expert in found.ids[row].tolist()])
-    assert routed(0, hidden[:0], logits[:0], 2, lambda layer, rows, ids: rows).norms.shape == (0, 2)  # type: ignore[union-attr]
+    assert routed(0, hidden[:0], logits[:0], 2, lambda layer, rows, ids, gates: rows).norms.shape == (0, 2)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("vocabulary", [3, 20, 300])
