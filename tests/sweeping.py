@@ -52,14 +52,15 @@ def softprune(key: str, *arguments: object, code: int = 0, env: Mapping[str, str
     return done.stdout
 
 
-def sweep(url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[object] = ()) -> dict[str, Any]:
+def sweep(url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[object] = (), blocks: int = BLOCKS) -> dict[str, Any]:
     """Collect, rank and sweep; what stands in sweep.json.
 
     Args:
         url, key: of a server of the trained model that runs with `--softprune-stats eaft`, under the mask that it is to have at the end.
-        work: folder that `prepare` filled.
+        work: folder that `prepare` filled; statistics that lie there as stats.safetensors are ranked, and none are collected.
         tokenizer: folder.
         decode: options of the decode measurement.
+        blocks: of each pack.
     """
     common = ["--url", url, "--tokenizer", tokenizer]
     if not (work / "stats.safetensors").exists():
@@ -70,7 +71,7 @@ def sweep(url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[obje
     scores = [part for method in METHODS for part in ("--scores", work / f"{method}.yaml")]
     softprune(
         key, "sweep", *common, *files(work, "scored"), *scores, "--keep", ",".join(map(str, KEEPS)), "--seq-lens", SEQ_LEN,
-        "--num-blocks", BLOCKS, "--gates", work / "strict.json", *decode, "--out", work / "sweep",
+        "--num-blocks", blocks, "--gates", work / "strict.json", *decode, "--out", work / "sweep",
     )  # fmt: skip
     document: dict[str, Any] = json.loads((work / "sweep" / "sweep.json").read_text())
     return document

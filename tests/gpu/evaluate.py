@@ -1,16 +1,20 @@
 """The trained small gpt-oss, as MXFP4, in an engine on a GPU: the sweep of tests/evidence/test_sweep.py, and its verdicts.
 
     python -m tests.gpu.evaluate prepare WORK_DIR                    where PyArrow is; JSON Lines of both halves, 3 MB
-    python -m tests.gpu.evaluate ENGINE WORK_DIR OUT.json [--checkpoint bench/tiny/weights] [--beside CPU_EVIDENCE.json] [--cpu]
+    python -m tests.gpu.evaluate ENGINE WORK_DIR OUT.json [--checkpoint bench/tiny/weights] [--stats STATS.safetensors] [--blocks 150]
+        [--beside CPU_EVIDENCE.json] [--cpu]
 
 The second boots the engine as users do, with CUDA graphs, and runs softprune's own commands against it. `--beside` names evidence that was
-recorded on a CPU; the verdicts of both stand side by side then, and have to be the same.
+recorded on a CPU; the verdicts of both stand side by side then, and have to be the same. Masks are the same if `--stats` is what that run
+ranked (else some are collected). Three times its blocks, since a GPU's batches move more tokens from cell to cell of the (p, H) plane, and
+the gate wants several in each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -23,7 +27,7 @@ from tests.gpu.engines import ENGINES, Engine, Row, versions
 from tests.sweeping import prepare, shown, sweep
 
 
-def measure(engine: Engine, work: Path, checkpoint: Path) -> dict[str, Any]:
+def measure(engine: Engine, work: Path, checkpoint: Path, blocks: int) -> dict[str, Any]:
     """Boot, sweep, and say what was found."""
     served = work / "tiny"
     if engine.on_gpu:
@@ -37,13 +41,14 @@ def measure(engine: Engine, work: Path, checkpoint: Path) -> dict[str, Any]:
         server.wait_ready(400)
         booted = time.monotonic()
         client = ServerClient(f"http://127.0.0.1:{server.port}", server.key)
-        document = sweep(client.url, server.key or "", work, checkpoint, ["--decode-batch", 32, "--decode-tokens", 256])
+        document = sweep(client.url, server.key or "", work, checkpoint, ["--decode-batch", 32, "--decode-tokens", 256], blocks)
         status = client.status()
         assert status["mask"] is None, status
     finally:
         server.stop()
     return {
-        "what": "tests/gpu/evaluate.py", **versions(engine), "boot_s": booted - began, "sweep_s": time.monotonic() - booted,
+        "what": "tests/gpu/evaluate.py", **versions(engine), "blocks": blocks,
+        "boot_s": booted - began, "sweep_s": time.monotonic() - booted,
         "base": document["base"], "cells": shown(document),
     }  # fmt: skip
 
@@ -55,6 +60,8 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--checkpoint", type=Path, default=Path("bench/tiny/weights"))
+    parser.add_argument("--stats", type=Path)
+    parser.add_argument("--blocks", type=int, default=150)
     parser.add_argument("--beside", type=Path)
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
@@ -62,7 +69,9 @@ def main() -> None:
     if arguments.engine == "prepare":
         prepare(arguments.work)
         return
-    result = measure(ENGINES[arguments.engine](not arguments.cpu), arguments.work, arguments.checkpoint)
+    if arguments.stats is not None:
+        shutil.copyfile(arguments.stats, arguments.work / "stats.safetensors")
+    result = measure(ENGINES[arguments.engine](not arguments.cpu), arguments.work, arguments.checkpoint, arguments.blocks)
     if arguments.beside is not None:
         cpu = json.loads(arguments.beside.read_text())["figures"]["sweep.vllm_cpu"]["cells"]
         result["verdicts"] = {label: [cell["verdict"], cpu[label]["verdict"]] for label, cell in result["cells"].items()}

@@ -140,6 +140,7 @@ class Trial:
             server.wait_ready(max(1.0, self.left - 60))
             self.say("the small model is up")
             status = server.request("GET", "/softprune/v1/status")[1]
+            self.result["reads_outputs"] = status["statistics"]["reads_outputs"]
             with np.load(blocks, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             same = status["fingerprint"] == str(arrays["fingerprint"])
@@ -219,7 +220,7 @@ class Trial:
             trace: where SGLang's profiler is to write what a prefill with log-probabilities is made of, while `eaft` is collected.
         """
         self.wait(servers)
-        unpatched, collecting = servers["unpatched"], servers["collecting"]
+        collecting = servers["collecting"]
         rows = [(name, servers[name], None) for name in ("unpatched", "without") if name in servers]
         rows += [("off", collecting, None), *((mode, collecting, mode) for mode in ("reap", "eaft"))]
         self.result["decode"] = self.turns(rows, self.decode, rounds=4, need=45)
@@ -235,12 +236,24 @@ class Trial:
         self.say(json.dumps(self.result["memory"]))
         self.wait(servers)
         if (router := servers.get("router")) is not None:
-            rows = [("unpatched", unpatched, None), ("off", router, None), ("router", router, "router")]
+            rows = [("unpatched", servers["unpatched"], None), ("off", router, None), ("router", router, "router")]
             self.result["decode_router"] = self.turns(rows, self.decode, rounds=4, need=45)
             self.result["prefill_router"] = self.turns(rows, self.prefill, rounds=3, need=15)
             # Log-probabilities of 8,192 tokens take vLLM 20 GB on either side.
             servers.pop("router").stop(grace=0)
-        rows = [("unpatched", unpatched, None), ("off", collecting, None), ("eaft", collecting, "eaft")]
+        self.logprobs(servers, trace)
+
+    def prefills(self, servers: dict[str, Server], trace: Path | None) -> None:
+        """Only prefill, with and without log-probabilities."""
+        collecting = servers["collecting"]
+        rows = [("unpatched", servers["unpatched"], None), *((mode or "off", collecting, mode) for mode in (None, "reap", "eaft"))]
+        self.result["prefill"] = self.turns(rows, self.prefill, rounds=4, need=25)
+        self.logprobs(servers, trace)
+
+    def logprobs(self, servers: dict[str, Server], trace: Path | None) -> None:
+        """Prefill whose log-probabilities are asked for, on both sides."""
+        collecting = servers["collecting"]
+        rows = [("unpatched", servers["unpatched"], None), ("off", collecting, None), ("eaft", collecting, "eaft")]
         self.result["prefill_logprobs"] = self.turns(rows, self.prefill_logprobs, rounds=4, need=12)
         if trace is not None and self.engine.name == "sglang":
             self.collecting(collecting, "eaft")
@@ -416,7 +429,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=Path, required=True)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--seconds", type=float, default=500)
-    parser.add_argument("--only", choices=["exact", "cost"])
+    parser.add_argument("--only", choices=["exact", "cost", "prefill"], help="prefill: exact, and the cost of prefill alone")
     parser.add_argument("--trace", type=Path, help="folder for SGLang's profile of a prefill")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
@@ -428,12 +441,16 @@ def main() -> None:
     servers: dict[str, Server] = {}
     try:
         if args.only != "exact":
-            servers |= trial.boot(unpatched=None, without=("--softprune-control",), collecting=("--softprune-stats", "eaft"))
+            without = {} if args.only == "prefill" else {"without": ("--softprune-control",)}
+            servers |= trial.boot(unpatched=None, **without, collecting=("--softprune-stats", "eaft"))
         if args.only != "cost":
             trial.exact(args.checkpoint, args.blocks, args.reference)
-            if args.what == "sglang":
+            if args.what == "sglang" and args.only != "prefill":
                 trial.recorder()
-        if servers:
+        if args.only == "prefill":
+            trial.wait(servers)
+            trial.prefills(servers, args.trace)
+        elif servers:
             trial.cost(servers, args.trace)
     except Exception as error:
         trial.result["error"] = f"{type(error).__name__}: {error}"[-3000:]
