@@ -52,7 +52,10 @@ def softprune(key: str, *arguments: object, code: int = 0, env: Mapping[str, str
     return done.stdout
 
 
-def sweep(url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[object] = (), blocks: int = BLOCKS) -> dict[str, Any]:
+def sweep(
+    url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[object] = (), blocks: int = BLOCKS, keeps: Sequence[int] = KEEPS,
+    out: str = "sweep",
+) -> dict[str, Any]:  # fmt: skip
     """Collect, rank and sweep; what stands in sweep.json.
 
     Args:
@@ -61,6 +64,8 @@ def sweep(url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[obje
         tokenizer: folder.
         decode: options of the decode measurement.
         blocks: of each pack.
+        keeps: numbers of experts kept.
+        out: folder in `work`.
     """
     common = ["--url", url, "--tokenizer", tokenizer]
     if not (work / "stats.safetensors").exists():
@@ -70,10 +75,10 @@ def sweep(url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[obje
         softprune(key, "rank", work / "stats.safetensors", "--method", method, "-o", work / f"{method}.yaml")
     scores = [part for method in METHODS for part in ("--scores", work / f"{method}.yaml")]
     softprune(
-        key, "sweep", *common, *files(work, "scored"), *scores, "--keep", ",".join(map(str, KEEPS)), "--seq-lens", SEQ_LEN,
-        "--num-blocks", blocks, "--gates", work / "strict.json", *decode, "--out", work / "sweep",
+        key, "sweep", *common, *files(work, "scored"), *scores, "--keep", ",".join(map(str, keeps)), "--seq-lens", SEQ_LEN,
+        "--num-blocks", blocks, "--gates", work / "strict.json", *decode, "--out", work / out,
     )  # fmt: skip
-    document: dict[str, Any] = json.loads((work / "sweep" / "sweep.json").read_text())
+    document: dict[str, Any] = json.loads((work / out / "sweep.json").read_text())
     return document
 
 

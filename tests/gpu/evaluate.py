@@ -1,13 +1,13 @@
 """The trained small gpt-oss, as MXFP4, in an engine on a GPU: the sweep of tests/evidence/test_sweep.py, and its verdicts.
 
     python -m tests.gpu.evaluate prepare WORK_DIR                    where PyArrow is; JSON Lines of both halves, 3 MB
-    python -m tests.gpu.evaluate ENGINE WORK_DIR OUT.json [--checkpoint bench/tiny/weights] [--stats STATS.safetensors] [--blocks 150]
+    python -m tests.gpu.evaluate ENGINE WORK_DIR OUT.json [--checkpoint bench/tiny/weights] [--stats STATS.safetensors]
         [--beside CPU_EVIDENCE.json] [--cpu]
 
 The second boots the engine as users do, with CUDA graphs, and runs softprune's own commands against it. `--beside` names evidence that was
 recorded on a CPU; the verdicts of both stand side by side then, and have to be the same. Masks are the same if `--stats` is what that run
-ranked (else some are collected). Three times its blocks, since a GPU's batches move more tokens from cell to cell of the (p, H) plane, and
-the gate wants several in each.
+ranked (else some are collected). Where most experts are kept, three times its blocks: a GPU's batches move more tokens from cell to cell
+of the (p, H) plane, and the gate wants several in each before it says that nothing else moved them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from softprune.bench.server import free_port
 from softprune.checkpoint.dequantize import dequantize_checkpoint
 from softprune.server_client import ServerClient
 from tests.gpu.engines import ENGINES, Engine, Row, versions
-from tests.sweeping import prepare, shown, sweep
+from tests.sweeping import BLOCKS, KEEPS, prepare, shown, sweep
 
 
-def measure(engine: Engine, work: Path, checkpoint: Path, blocks: int) -> dict[str, Any]:
+def measure(engine: Engine, work: Path, checkpoint: Path) -> dict[str, Any]:
     """Boot, sweep, and say what was found."""
     served = work / "tiny"
     if engine.on_gpu:
@@ -41,15 +41,18 @@ def measure(engine: Engine, work: Path, checkpoint: Path, blocks: int) -> dict[s
         server.wait_ready(400)
         booted = time.monotonic()
         client = ServerClient(f"http://127.0.0.1:{server.port}", server.key)
-        document = sweep(client.url, server.key or "", work, checkpoint, ["--decode-batch", 32, "--decode-tokens", 256], blocks)
+        decode = ["--decode-batch", 32, "--decode-tokens", 256]
+        cells: dict[str, Any] = {}
+        for keeps, blocks in ((KEEPS[:1], 3 * BLOCKS), (KEEPS[1:], BLOCKS)):
+            document = sweep(client.url, server.key or "", work, checkpoint, decode, blocks, keeps, f"sweep_{blocks}")
+            cells |= shown(document)
         status = client.status()
         assert status["mask"] is None, status
     finally:
         server.stop()
     return {
-        "what": "tests/gpu/evaluate.py", **versions(engine), "blocks": blocks,
-        "boot_s": booted - began, "sweep_s": time.monotonic() - booted,
-        "base": document["base"], "cells": shown(document),
+        "what": "tests/gpu/evaluate.py", **versions(engine),         "boot_s": booted - began, "sweep_s": time.monotonic() - booted,
+        "cells": cells,
     }  # fmt: skip
 
 
@@ -61,7 +64,6 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--checkpoint", type=Path, default=Path("bench/tiny/weights"))
     parser.add_argument("--stats", type=Path)
-    parser.add_argument("--blocks", type=int, default=150)
     parser.add_argument("--beside", type=Path)
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
@@ -71,7 +73,7 @@ def main() -> None:
         return
     if arguments.stats is not None:
         shutil.copyfile(arguments.stats, arguments.work / "stats.safetensors")
-    result = measure(ENGINES[arguments.engine](not arguments.cpu), arguments.work, arguments.checkpoint, arguments.blocks)
+    result = measure(ENGINES[arguments.engine](not arguments.cpu), arguments.work, arguments.checkpoint)
     if arguments.beside is not None:
         cpu = json.loads(arguments.beside.read_text())["figures"]["sweep.vllm_cpu"]["cells"]
         result["verdicts"] = {label: [cell["verdict"], cpu[label]["verdict"]] for label, cell in result["cells"].items()}
