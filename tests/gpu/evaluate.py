@@ -51,7 +51,7 @@ def measure(engine: Engine, work: Path, checkpoint: Path) -> dict[str, Any]:
     finally:
         server.stop()
     return {
-        "what": "tests/gpu/evaluate.py", **versions(engine),         "boot_s": booted - began, "sweep_s": time.monotonic() - booted,
+        "what": "tests/gpu/evaluate.py", **versions(engine), "boot_s": booted - began, "sweep_s": time.monotonic() - booted,
         "cells": cells,
     }  # fmt: skip
 
