@@ -1,7 +1,8 @@
 """Statistics, three rankings, and a sweep of four numbers kept over two packs, by softprune's own commands through one running server.
 
 Statistics come from the second half of each pack, evaluations from the first. The gates are near-lossless-v1's, at the length that the
-small model was trained on.
+small model was trained on. The largest number kept is swept again over all there is of the first half: where a mask may pass, the gate
+wants more tokens before it says that it does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from softprune.evaluate import gates
 from softprune.evaluate.packing import read_rows
 
 PACKS, METHODS, KEEPS, SEQ_LEN = ("chat_if", "code"), ("reap", "eaft_reap", "frequency"), (28, 24, 20, 16), 1024
-HALF, BLOCKS, COLLECTED_BLOCKS = 400, 50, 16
+HALF, BLOCKS, ALL_BLOCKS, COLLECTED_BLOCKS = 400, 50, 110, 16
 WIDE = {
     "name": "wide", "max_abs_delta_ppl": 9.0, "max_rel_delta_ppl": 9.0, "max_abs_delta_cc_rate": 1.0, "max_abs_delta_mean_prob": 1.0,
     "max_js2d": 0.7,
@@ -80,6 +81,13 @@ def sweep(
     )  # fmt: skip
     document: dict[str, Any] = json.loads((work / out / "sweep.json").read_text())
     return document
+
+
+def sweeps(url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[object] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both sweeps, as `sweep` takes them: sweep.json of the first, and `shown` of all, the second's in place of the first's."""
+    first = sweep(url, key, work, tokenizer, decode)
+    second = sweep(url, key, work, tokenizer, decode, ALL_BLOCKS, KEEPS[:1], "sweep_more")
+    return first, shown(first) | shown(second)
 
 
 def shown(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -171,6 +171,7 @@ class Sampler:
             self._compile_within(self.experts)
         self._route_slab(SLAB_ROWS, self.experts, shadow=False)  # compiles
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # as capturing does
         before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -6,8 +6,7 @@
 
 The second boots the engine as users do, with CUDA graphs, and runs softprune's own commands against it. `--beside` names evidence that was
 recorded on a CPU; the verdicts of both stand side by side then, and have to be the same. Masks are the same if `--stats` is what that run
-ranked (else some are collected). Where most experts are kept, three times its blocks: a GPU's batches move more tokens from cell to cell
-of the (p, H) plane, and the gate wants several in each before it says that nothing else moved them.
+ranked (else some are collected).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from softprune.bench.server import free_port
 from softprune.checkpoint.dequantize import dequantize_checkpoint
 from softprune.server_client import ServerClient
 from tests.gpu.engines import ENGINES, Engine, Row, versions
-from tests.sweeping import BLOCKS, KEEPS, prepare, shown, sweep
+from tests.sweeping import prepare, sweeps
 
 
 def measure(engine: Engine, work: Path, checkpoint: Path) -> dict[str, Any]:
@@ -41,11 +40,7 @@ def measure(engine: Engine, work: Path, checkpoint: Path) -> dict[str, Any]:
         server.wait_ready(400)
         booted = time.monotonic()
         client = ServerClient(f"http://127.0.0.1:{server.port}", server.key)
-        decode = ["--decode-batch", 32, "--decode-tokens", 256]
-        cells: dict[str, Any] = {}
-        for keeps, blocks in ((KEEPS[:1], 3 * BLOCKS), (KEEPS[1:], BLOCKS)):
-            document = sweep(client.url, server.key or "", work, checkpoint, decode, blocks, keeps, f"sweep_{blocks}")
-            cells |= shown(document)
+        _, cells = sweeps(client.url, server.key or "", work, checkpoint, ["--decode-batch", 32, "--decode-tokens", 256])
         status = client.status()
         assert status["mask"] is None, status
     finally:
