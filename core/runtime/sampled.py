@@ -32,6 +32,8 @@ TEACHER_FORCED, SAMPLED = 0, 1
 """Index of the kind axis."""
 _WAITING_TOKENS = 8192
 """Records from which on they are fetched."""
+_TILE_ROWS = 128
+"""Of an expert, from which on the Triton kernels for MXFP4 use their largest tile."""
 _AGREEMENT = 0.05
 """Largest relative difference of a norm that was read from one that was computed again; both round to BF16."""
 _REMEMBERED = 4096
@@ -167,7 +169,9 @@ class Sampler:
         if not self._slab.hidden.is_cuda or self.experts is None or self._graph is not None:
             return
         self.reads_outputs = self.outputs.watch() and self._agrees(self.experts)
-        if not self.reads_outputs:
+        if self.reads_outputs:
+            self._compile_odd(self.experts)
+        else:
             self._compile_within(self.experts)
         self._route_slab(SLAB_ROWS, self.experts, shadow=False)  # compiles
         torch.cuda.synchronize()
@@ -201,6 +205,13 @@ class Sampler:
             then(replace(found, norms=norms / found.gates.to(dtype).float()))
 
         self.outputs.ask(rows, measure)
+
+    def _compile_odd(self, experts: Experts) -> None:
+        """For many rows, of a number that is no multiple of 16: captured graphs, which steps are measured without, fill theirs up."""
+        rows = _TILE_ROWS * self._shape[2] // self._top_k + 1
+        hidden, logits = (kept[0, :1].expand(rows, -1).contiguous() for kept in (self._slab.hidden, self._slab.logits))
+        found = routed(0, hidden, logits, self._top_k, None)
+        experts(0, hidden, found.ids.long(), found.gates)
 
     def _compile_within(self, experts: Experts) -> None:
         """For the numbers of rows that steps come with at the default sampling."""

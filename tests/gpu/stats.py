@@ -224,7 +224,7 @@ class Trial:
         rows = [(name, servers[name], None) for name in ("unpatched", "without") if name in servers]
         rows += [("off", collecting, None), *((mode, collecting, mode) for mode in ("reap", "eaft"))]
         self.result["decode"] = self.turns(rows, self.decode, rounds=4, need=45)
-        self.result["prefill"] = self.turns(rows, self.prefill, rounds=3, need=25)
+        self.result["prefill"] = self.turns(rows, self.prefill, rounds=8, need=25)
         if "without" in servers:
             servers.pop("without").stop(grace=0)
         servers |= self.boot(router=("--softprune-stats", "router"))
@@ -238,7 +238,7 @@ class Trial:
         if (router := servers.get("router")) is not None:
             rows = [("unpatched", servers["unpatched"], None), ("off", router, None), ("router", router, "router")]
             self.result["decode_router"] = self.turns(rows, self.decode, rounds=4, need=45)
-            self.result["prefill_router"] = self.turns(rows, self.prefill, rounds=3, need=15)
+            self.result["prefill_router"] = self.turns(rows, self.prefill, rounds=8, need=15)
             # Log-probabilities of 8,192 tokens take vLLM 20 GB on either side.
             servers.pop("router").stop(grace=0)
         self.logprobs(servers, trace)
@@ -247,7 +247,7 @@ class Trial:
         """Only prefill, with and without log-probabilities."""
         collecting = servers["collecting"]
         rows = [("unpatched", servers["unpatched"], None), *((mode or "off", collecting, mode) for mode in (None, "reap", "eaft"))]
-        self.result["prefill"] = self.turns(rows, self.prefill, rounds=4, need=25)
+        self.result["prefill"] = self.turns(rows, self.prefill, rounds=8, need=25)
         self.logprobs(servers, trace)
 
     def logprobs(self, servers: dict[str, Server], trace: Path | None) -> None:
@@ -308,7 +308,8 @@ class Trial:
             f"http://127.0.0.1:{server.port}", work, [32 if gpu else 4], repeats=1, warmup=0, stream=self.engine.streams, key=server.key,
             stall_seconds=100,
         )  # fmt: skip
-        return float(document["results"][0]["total_tok_s"]["median"])
+        result = document["results"][0]
+        return float((result["decode_tok_s"] or result["total_tok_s"])["median"])
 
     def prefill(self, server: Server, name: str, logprobs: bool = False) -> float:
         number, length = (8, 8192) if self.engine.on_gpu else (4, 256)

@@ -3,8 +3,8 @@
     python -m tests.gpu.stats_figures ENGINE RUN.json [LATER_RUN.json …]
 
 What a later run measured takes the place of an earlier one's; all runs are in the raw file. "off" in a headline's name is an
-unpatched engine, "idle" one that was started with `eaft` and collects nothing ("idle_router": with `router`, as it was for that mode's
-figures), "without" one with softprune but without statistics.
+unpatched engine, "idle" one that was started with `eaft` and collects nothing, "without" one with softprune but without statistics;
+`router` is of an engine that was started with `router`.
 Passes are left out of medians, and ratios of too few passes out of the headlines, as in `tests.gpu.figures`.
 """
 
@@ -51,9 +51,7 @@ def main(engine: str, sources: list[Path]) -> None:
         for measured, suffix in MEASURED.items():
             found = run.get(measured, {}).get("ratios", {})
             for mode, name in MODES.items():
-                if f"{mode} / unpatched" in found:
-                    if measured.endswith("_router") and mode == "off":
-                        name = "idle_router"
+                if f"{mode} / unpatched" in found and not (mode == "off" and measured.endswith("_router")):
                     record(
                         RESULTS / "headline.json",
                         f"{engine}.stats.{name}_over_off.{suffix}",
