@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from softprune.control import ENGINE_KEY_ENV
 from softprune.errors import InputError
 from softprune.files import write_whole
+from softprune.options import whole_numbers
 
 if TYPE_CHECKING:
     from softprune.bench.prompts import Workload
@@ -47,14 +48,14 @@ Stall = Annotated[float, typer.Option(min=0.1, help="Longest silence; without st
 
 def batch_sizes(text: str) -> list[int]:
     """Those of --batch."""
-    return _numbers("--batch", text, ",", "e.g. 1,8,32")
+    return whole_numbers("--batch", text, "1,8,32")
 
 
 def workload(prompt_tokens: int, max_new_tokens: int, seed: int, token_ids: str) -> Workload:
     """What the options ask to send."""
     from softprune.bench.prompts import Workload
 
-    ids = _numbers("--token-ids", token_ids, "-", "e.g. 100-999")
+    ids = whole_numbers("--token-ids", token_ids, "100-999", "-")
     if len(ids) != 2:
         raise typer.BadParameter(f"found {token_ids!r}; expected e.g. 100-999", param_hint="--token-ids")
     return Workload(prompt_tokens, max_new_tokens, seed, (ids[0], ids[1] + 1))
@@ -98,13 +99,6 @@ def warn_of_cache(console: Console, rows: Sequence[Mapping[str, Any]], prompt_to
 def median(figure: Mapping[str, float] | None, form: str) -> str:
     """A figure's median over repeats as a table shows it."""
     return "-" if figure is None else format(figure["median"], form)
-
-
-def _numbers(option: str, text: str, separator: str, example: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(separator)]
-    except ValueError:
-        raise typer.BadParameter(f"found {text!r}; expected {example}", param_hint=option) from None
 
 
 def _pair(text: str) -> tuple[str, str]:

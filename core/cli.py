@@ -28,6 +28,7 @@ from softprune.evaluate import cli as evaluate_cli
 from softprune.evaluate.gate_cli import gate_command
 from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
+from softprune.options import whole_numbers
 from softprune.ranking.cli import rank_command
 from softprune.recipe import cli as recipe_cli
 from softprune.report.cli import report_command
@@ -249,10 +250,7 @@ def checkpoint_synth(
     layers: Annotated[str | None, typer.Option(help="Only these decoder layers, e.g. 0,18: a part of a large model.")] = None,
 ) -> None:
     """Write a random but valid checkpoint, with a small tokenizer that knows the Harmony tokens."""
-    try:
-        chosen = None if layers is None else [int(part) for part in layers.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"found {layers!r}; expected numbers and commas, e.g. 0,18", param_hint="--layers") from None
+    chosen = None if layers is None else whole_numbers("--layers", layers, "0,18")
     with tensor_progress(None, console) as progress:
         synth_module.synth_checkpoint(preset, out, storage.value, seed, chosen, progress=progress)
     console.print(f"{out}: {preset}, {storage.value}, seed {seed}, {readable(TensorIndex(out).num_bytes)}")

@@ -20,6 +20,7 @@ from softprune.checkpoint.estimate import Estimate, estimate
 from softprune.checkpoint.plan import RewritePlan, plan_rewrite
 from softprune.checkpoint.rewrite import MARGIN_BYTES, check_room, execute
 from softprune.checkpoint.verify import verify_checkpoint
+from softprune.options import whole_numbers
 from softprune.report.progress import tensor_progress
 from softprune.report.sizes import readable
 
@@ -112,7 +113,8 @@ def plan_command(
 
 
 def _plan(model: Path, mask: Path, max_shard_size: str, pad_to: int | None, layers: str | None, force: bool) -> RewritePlan:
-    plan = plan_rewrite(model, mask_file.load(mask), str(mask), _bytes(max_shard_size), pad_to, _numbers(layers), force)
+    chosen = None if layers is None else whole_numbers("--layers", layers, "0,18")
+    plan = plan_rewrite(model, mask_file.load(mask), str(mask), _bytes(max_shard_size), pad_to, chosen, force)
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     return plan
@@ -177,15 +179,6 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(f"found {text!r}; expected a size such as 5GB, 500MB or 2GiB", param_hint="--max-shard-size")
     power = " KMGT".index((match[2] or " ").upper())
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"found {text!r}; expected numbers and commas, e.g. 0,18", param_hint="--layers") from None
 
 
 def _count(number: int, what: str) -> str:

@@ -71,7 +71,7 @@ def sweep_command(
     cells = _cells(scores or (), stats or (), method or (), grid or (), tag or (), keep, protect, random_seeds, masks or ())
     rules = gates_module.read(gates)
     sizes = eval_packs.Sizes(seq_lens_of(seq_lens), num_blocks, token_budget)
-    seeds: list[int | None] = list(whole_numbers("--data-seeds", data_seeds)) if data_seeds else [None]
+    seeds: list[int | None] = list(whole_numbers("--data-seeds", data_seeds, "0,1,2")) if data_seeds else [None]
     path = tokenizer or ask_served(clients[0]).tokenizer
     errors = Console(stderr=True)
     with errors.status("packs"):
@@ -107,8 +107,8 @@ def _cells(
     rankings = of_files([scores_file.read(file) for file in scores])
     if stats:
         rankings += of_statistics(stats, methods, values, tag_weights(tags))
-    seeds = whole_numbers("--random-seeds", random_seeds) if random_seeds else []
-    return of_rankings(rankings, whole_numbers("--keep", keep), protect, seeds)
+    seeds = whole_numbers("--random-seeds", random_seeds, "0,1") if random_seeds else []
+    return of_rankings(rankings, whole_numbers("--keep", keep, "28,24,20"), protect, seeds)
 
 
 def _value(text: str) -> Any:

@@ -79,7 +79,7 @@ def test_plan_of_the_120b_shape_as_json(tmp_path: Path) -> None:
     [
         (("--max-shard-size", "five"), "expected a size such as 5GB"),
         (("--max-shard-size", "0"), "--max-shard-size: found 0; expected a positive number of bytes"),
-        (("--layers", "a"), "expected numbers and commas"),
+        (("--layers", "a"), "expected whole numbers, e.g. 0,18"),
         (("--layers", "9"), "--layers: found 9; expected decoder layers with experts, of 0 to 3"),
         (("--pad-to", "20"), "--pad-to: found 20; expected from 24"),
         (("--workers", "0"), "greater than or equal to 1"),
