@@ -132,7 +132,7 @@ class Collector:
         self.sampler: Sampler | None = None
         if mode != "router":
             shape = spec.num_layers, experts, top_k, hidden_size
-            self.sampler = Sampler(*shape, max_tags, max_rows, device, dtype, eaft=mode == "eaft")
+            self.sampler = Sampler(*shape, max_tags, max_rows, device, dtype, eaft=mode == "eaft", log=log)
         self._most = mode
         self._running: _Running | None = None
         self._settings: Settings | None = None

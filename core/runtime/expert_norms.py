@@ -1,7 +1,8 @@
 """Norms of experts' outputs, by the engine's own kernels on its own weights.
 
-Fused kernels add an expert's output to the token's sum as they make it, so no output can be read. Asked for one expert instead of top_k,
-they return that expert's output alone, with a gate of 1: each sampled row is given to them top_k times, once for each expert chosen.
+Fused kernels return a token's sum over its experts. Asked for one expert instead of top_k, they return that expert's output alone, with a
+gate of 1: each sampled row is given to them top_k times, once for each expert chosen. Where the outputs can be read on their way into the
+sum, see `softprune.runtime.gated_outputs`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Experts' outputs as OpenAI's Triton kernels for MXFP4 leave them: each times its gate, before a token's are added up.
 
-Both engines bring these kernels. The one that adds up is launched from Python in steps that are no captured graph; what it is given
-then can be read, so that nothing has to be computed again.
+Both engines bring these kernels (triton_kernels 3.5 in vLLM, 3.6 in SGLang). The one that adds up is launched from Python in steps that are
+no captured graph; what it is given then can be read, so that nothing has to be computed again.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,14 @@ OfRows = Callable[[torch.Tensor], torch.Tensor]
 
 
 class GatedOutputs:
-    """Reads outputs of the MoE layer that runs next."""
+    """Reads outputs of the MoE layer that runs next.
 
-    def __init__(self) -> None:
+    Args:
+        log: told of what goes wrong in reading, which must not end a step.
+    """
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
         self._asked: tuple[torch.Tensor, Callable[[torch.Tensor], None]] | None = None
 
     def watch(self) -> bool:
@@ -43,9 +49,13 @@ class GatedOutputs:
 
     def _see(self, of_rows: OfRows) -> None:
         asked, self._asked = self._asked, None
-        if asked is not None:
-            rows, then = asked
+        if asked is None:
+            return
+        rows, then = asked
+        try:
             then(of_rows(rows))
+        except Exception:  # noqa: BLE001 - the engine is in the middle of a step
+            self._log.exception("softprune: the outputs of %d sampled tokens cannot be read", len(rows))
 
     def _grouped(self, function: Any) -> Any:
         """As of triton_kernels 3.5: `x` [parts of the sum, 1, rows of all experts, width], `indx` [tokens, top_k]; None in other uses."""
@@ -53,8 +63,9 @@ class GatedOutputs:
         @functools.wraps(function)
         def reduce_grouped(x: torch.Tensor, indx: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
             if indx is not None:
-                of_tokens = indx
-                self._see(lambda rows: x[:, 0][:, of_tokens[rows].long()].sum(0))
+                of_tokens, parts = indx, x[:, 0]
+                # Mostly there is one part, and it is not to be copied once more.
+                self._see(lambda rows: functools.reduce(torch.add, (part[of_tokens[rows].long()] for part in parts)))
             return function(x, indx, *args, **kwargs)
 
         return reduce_grouped

@@ -9,6 +9,7 @@ them again. The host adds up what arrived while the device goes on; it never wai
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,6 @@ TEACHER_FORCED, SAMPLED = 0, 1
 """Index of the kind axis."""
 _WAITING_TOKENS = 8192
 """Records from which on they are fetched."""
-_TILE_ROWS = 128
-"""Of an expert, from which on the Triton kernels for MXFP4 use their largest tile."""
 _AGREEMENT = 0.05
 """Largest relative difference of a norm that was read from one that was computed again; both round to BF16."""
 _REMEMBERED = 4096
@@ -113,6 +112,7 @@ class Sampler:
         max_rows: tokens in a step at most.
         device, dtype: of the routers' logits.
         eaft: have room for sums of `eaft`.
+        log: the engine's.
 
     Attributes:
         experts: the engine's; the extension connects them before the first step.
@@ -125,13 +125,14 @@ class Sampler:
 
     def __init__(
         self, num_layers: int, num_experts: int, top_k: int, hidden_size: int, num_tags: int, max_rows: int, device: torch.device,
-        dtype: torch.dtype, eaft: bool,
+        dtype: torch.dtype, eaft: bool, log: logging.Logger,
     ) -> None:  # fmt: skip
         self.experts: Experts | None = None
         self.unmasked: Callable[[int, torch.Tensor], torch.Tensor] | None = None
         self.settings: Settings | None = None
         self.lost = 0
-        self.outputs, self.reads_outputs = GatedOutputs(), False
+        self._log = log
+        self.outputs, self.reads_outputs = GatedOutputs(log), False
         self._shape = num_tags, num_layers, num_experts, eaft
         self._top_k, self._max_rows = top_k, max_rows
         self._slab = SampleSlab(num_layers, num_experts, hidden_size, device, dtype)
@@ -168,10 +169,10 @@ class Sampler:
         """
         if not self._slab.hidden.is_cuda or self.experts is None or self._graph is not None:
             return
-        self.reads_outputs = self.outputs.watch() and self._agrees(self.experts)
-        if self.reads_outputs:
-            self._compile_odd(self.experts)
-        else:
+        self.reads_outputs = self.outputs.watch() and all(self._agrees(self.experts, rows) for rows in self._long_steps())
+        how = "are read from the kernels" if self.reads_outputs else "take a second run of the experts, as these kernels show none"
+        self._log.info("softprune: norms in prefills of %d tokens and more %s", STEP_ROWS * Settings().sample, how)
+        if not self.reads_outputs:
             self._compile_within(self.experts)
         self._route_slab(SLAB_ROWS, self.experts, shadow=False)  # compiles
         torch.cuda.synchronize()
@@ -182,16 +183,25 @@ class Sampler:
             self._captured = self._route_slab(SLAB_ROWS, self.experts, shadow=False)
         self._graph, self._graph_bytes = graph, torch.cuda.memory_reserved() - before
 
-    def _agrees(self, experts: Experts) -> bool:
-        """Whether outputs that are read of made-up rows have the norms that the experts give one at a time."""
+    def _long_steps(self) -> list[int]:
+        """Numbers of rows that compile what long steps need as no captured graph: kernels differ by tile and divisibility by 16."""
+        least = STEP_ROWS * Settings().sample
+        powers = [least << i for i in range(8)]
+        return [STEP_ROWS, *(rows + more for rows in powers for more in (1, 9) if rows + more <= self._max_rows)]
+
+    def _agrees(self, experts: Experts, number: int) -> bool:
+        """Whether outputs that are read of so many made-up rows have the norms that the experts give one at a time."""
         generator = torch.Generator().manual_seed(0)
         hidden, logits = (
-            torch.randn(STEP_ROWS, kept.shape[-1], generator=generator).to(kept) for kept in (self._slab.hidden, self._slab.logits)
+            torch.randn(number, kept.shape[-1], generator=generator).to(kept) for kept in (self._slab.hidden, self._slab.logits)
         )
-        expected = routed(0, hidden, logits, self._top_k, experts).ascending()
+        # As they are chosen in serving, the likeliest first: kernels that keep the order they are given do not agree.
+        chosen = routed(0, hidden, logits, self._top_k, None)
+        rows = torch.arange(0, number, max(1, number // STEP_ROWS), device=hidden.device)
+        expected = routed(0, hidden[rows], logits[rows], self._top_k, experts).ascending()
         read: list[Routed] = []
-        self._read(torch.arange(STEP_ROWS, device=hidden.device), replace(expected, norms=None), read.append)
-        experts(0, hidden, expected.ids.long(), expected.gates)
+        self._read(rows, replace(expected, norms=None), read.append)
+        experts(0, hidden, chosen.ids.long(), chosen.gates)
         self.outputs.forget()
         return bool(read) and torch.allclose(read[0].norms, expected.norms, rtol=_AGREEMENT)  # type: ignore[arg-type]
 
@@ -202,24 +212,19 @@ class Sampler:
         def measure(gated: torch.Tensor) -> None:
             norms = torch.linalg.vector_norm(gated[..., :width], dim=-1, dtype=torch.float32)
             # The kernels keep gates in the dtype of the logits.
+            if norms.shape != found.gates.shape:
+                raise ValueError(f"found outputs {list(gated.shape)}; expected {[*found.gates.shape, width]}")
             then(replace(found, norms=norms / found.gates.to(dtype).float()))
 
         self.outputs.ask(rows, measure)
 
-    def _compile_odd(self, experts: Experts) -> None:
-        """For many rows, of a number that is no multiple of 16: captured graphs, which steps are measured without, fill theirs up."""
-        rows = _TILE_ROWS * self._shape[2] // self._top_k + 1
-        hidden, logits = (kept[0, :1].expand(rows, -1).contiguous() for kept in (self._slab.hidden, self._slab.logits))
-        found = routed(0, hidden, logits, self._top_k, None)
-        experts(0, hidden, found.ids.long(), found.gates)
-
     def _compile_within(self, experts: Experts) -> None:
         """For the numbers of rows that steps come with at the default sampling."""
-        most, rows = _filled_up(self._max_rows // Settings().sample), _filled_up(STEP_ROWS + 1)
-        while rows <= most:
+        rows = 2 * STEP_ROWS
+        while rows <= self._max_rows // Settings().sample + STEP_ROWS:
             hidden, logits = (kept[0, :1].expand(rows, -1).contiguous() for kept in (self._slab.hidden, self._slab.logits))
             routed(0, hidden, logits, self._top_k, experts)
-            rows = _filled_up(rows + 1)
+            rows *= 2
 
     @property
     def measures_within(self) -> bool:
@@ -278,8 +283,8 @@ class Sampler:
             self._send()
         self._inline = None
         if within:
-            more = 0 if self.reads_outputs else _filled_up(len(found)) - len(found)
-            # The last row stands in for some more, so that few numbers of rows come up: kernels are compiled for new ones.
+            # Kernels are compiled anew for numbers of rows that are no multiples of 16: the last row stands in for some more.
+            more = 0 if self.reads_outputs else -len(found) % STEP_ROWS
             described = torch.from_numpy(np.pad(found, (0, more), mode="edge"))
             if self._slab.hidden.is_cuda:
                 described = described.pin_memory()
@@ -401,8 +406,12 @@ class Sampler:
         elif len(step.layers) == self._shape[1]:
             found = Routed.stacked([step.layers[layer] for layer in sorted(step.layers)])
             self._measured.append((found.first(len(step.rows)), rows))
-        else:
-            self.lost += len(step.rows)  # a captured graph ran
+        elif step.spans is not None:  # else they are lost already
+            self.lost += len(step.rows)  # a captured graph ran, or outputs could not be read
+            if self.reads_outputs:
+                self.reads_outputs = False
+                seen = f"{len(step.layers)} of {self._shape[1]} layers"
+                self._log.warning("softprune: read the outputs of %s; from now on, a second run of the experts gives their norms", seen)
         if self._measured:
             self._send()
 
@@ -520,12 +529,6 @@ def _tags_of_completions(spans: Sequence[Span]) -> NDArray[np.int64]:
             tags[row : row + span.rows][~inside] = -1
         row += span.rows
     return tags
-
-
-def _filled_up(rows: int) -> int:
-    """The least of 64, 96, 128, 192, 256, 384, … that is not less."""
-    power = 1 << max(6, (rows - 1).bit_length())
-    return power * 3 // 4 if rows <= power * 3 // 4 and power > STEP_ROWS else power
 
 
 def _capturing(tensor: torch.Tensor) -> bool:

@@ -342,7 +342,7 @@ def test_cli_refuses_before_it_measures(server: FakeServer, tmp_path: Path) -> N
     server.behave(Behaviour())
     for options, message in (
         (("-o", tmp_path / "none" / "out.json"), "no such folder"),
-        (("-o", tmp_path / "out.json", "--batch", "1;2"), "expected e.g. 1,8,32"),
+        (("-o", tmp_path / "out.json", "--batch", "1;2"), "expected whole numbers, e.g. 1,8,32"),
         (("-o", tmp_path / "out.json", "--note", "x"), "expected KEY=VALUE"),
         (("-o", tmp_path / "out.json", "--token-ids", "9-5"), "token_ids: found 9 to 6"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 
 from softprune.runtime.gated_outputs import GatedOutputs
 from softprune.runtime.sample_slab import STEP_ROWS
-from tests.unit.fake_control import LAYERS, TOP_K
+from tests.unit.fake_control import LAYERS, TOP_K, make_launch, make_model
 from tests.unit.sampled_engine import SCALES, Request, SampledEngine
 
+LOG = logging.getLogger("softprune.test")
 MODULE = "triton_kernels.matmul_ogs"
 TOKENS, WIDTH = 6, 5
 
@@ -46,13 +48,13 @@ def add_up(kernels: Any, gated: torch.Tensor) -> torch.Tensor:
         return kernels.reduce(gated, dim=1, mask=None)  # type: ignore[no-any-return]
     order = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(1))
     rows = torch.empty(2, 1, tokens * top_k, width)
-    rows[:, 0, order] = gated.reshape(-1, width) / 2
+    rows[0, 0, order], rows[1, 0, order] = gated.reshape(-1, width) / 4, gated.reshape(-1, width) * 3 / 4
     kernels.reduce_grouped(rows, None)
     return kernels.reduce_grouped(rows, order.view(tokens, top_k).int(), out=None)  # type: ignore[no-any-return]
 
 
 def test_outputs_of_the_rows_that_were_asked_for(kernels: Any) -> None:
-    outputs, found = GatedOutputs(), []
+    outputs, found = GatedOutputs(LOG), []
     assert outputs.watch()
     gated = torch.randn(TOKENS, TOP_K, WIDTH, generator=torch.Generator().manual_seed(0))
     outputs.ask(torch.tensor([4, 0, 4]), found.append)
@@ -68,13 +70,22 @@ def test_outputs_of_the_rows_that_were_asked_for(kernels: Any) -> None:
 
 def test_other_kernels_are_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    assert not GatedOutputs().watch()
+    assert not GatedOutputs(LOG).watch()
     monkeypatch.setitem(sys.modules, MODULE, SimpleNamespace(matmul_ogs=print))  # type: ignore[arg-type]
-    assert not GatedOutputs().watch()
+    assert not GatedOutputs(LOG).watch()
+
+
+def test_a_failure_to_read_ends_no_step(kernels: Any, caplog: pytest.LogCaptureFixture) -> None:
+    outputs = GatedOutputs(LOG)
+    assert outputs.watch()
+    gated = torch.ones(TOKENS, TOP_K, WIDTH)
+    outputs.ask(torch.tensor([TOKENS]), pytest.fail)  # beyond the rows
+    assert torch.equal(add_up(kernels, gated), gated.sum(1))
+    assert "cannot be read" in caplog.text
 
 
 def by_kernels(kernels: Any, order: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Experts whose outputs go through the kernels, slots in this order of ids; one expert a row goes past them, as in the engines."""
+    """Experts whose outputs go through the kernels, slots in this order of the ids given; one expert a row goes past them."""
 
     def experts(layer: int, hidden: torch.Tensor, ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         gated = hidden.float()[:, None] * (SCALES[layer][ids] * gates.bfloat16().float())[..., None]
@@ -84,17 +95,31 @@ def by_kernels(kernels: Any, order: Callable[[torch.Tensor], torch.Tensor]) -> A
     return experts
 
 
-def test_only_what_agrees_is_read(kernels: Any) -> None:
+@pytest.mark.parametrize("number", [STEP_ROWS, 16 * STEP_ROWS + 9])
+def test_only_what_agrees_is_read(number: int, kernels: Any) -> None:
     sampler = SampledEngine("reap").sampler
     assert sampler.outputs.watch()
-    assert sampler._agrees(by_kernels(kernels, lambda ids: ids.argsort(-1)))
-    assert not sampler._agrees(by_kernels(kernels, lambda ids: ids.argsort(-1, descending=True)))
-    assert not sampler._agrees(lambda layer, hidden, ids, gates: hidden.float())  # which no such kernel adds up
+    assert sampler._agrees(by_kernels(kernels, lambda ids: ids.argsort(-1)), number)
+    assert not sampler._agrees(by_kernels(kernels, lambda ids: ids.argsort(-1, descending=True)), number)
+    # Kernels that are given the selection keep its order.
+    assert not sampler._agrees(by_kernels(kernels, lambda ids: torch.arange(ids.shape[1]).expand_as(ids)), number)
+    assert not sampler._agrees(lambda layer, hidden, ids, gates: hidden.float(), number)  # which no such kernel adds up
+
+
+def test_long_steps_are_compiled_for_and_no_longer_ones_than_come(kernels: Any) -> None:
+    model = make_model(make_launch(stats="reap"))
+    for max_rows, expected in ((8192, [64, 1025, 1033, 2049, 2057, 4097, 4105]), (1024, [64])):
+        sampler = model.add_collector(max_rows, "vLLM 0.32.0").sampler
+        assert sampler is not None
+        assert sampler._long_steps() == expected
+        seen: list[int] = []
+        sampler._compile_within(lambda layer, hidden, ids, gates, seen=seen: seen.append(len(ids) // TOP_K) or hidden.float())
+        assert seen == ([128, 256, 512] if max_rows == 8192 else [128])
 
 
 @pytest.mark.parametrize("shadow", [False, True])
 def test_what_is_read_gives_the_sums_of_what_is_computed_again(shadow: bool, kernels: Any, tmp_path: Path) -> None:
-    """Long prompts, whose steps end or fail, with short steps between."""
+    """Long prompts, whose steps end or fail, and a short step, whose rows wait in the slab."""
     files = []
     for reads in (True, False):
         engine = SampledEngine(shadow=shadow)
@@ -102,28 +127,33 @@ def test_what_is_read_gives_the_sums_of_what_is_computed_again(shadow: bool, ker
         if reads:
             assert engine.sampler.outputs.watch()
             engine.adds_up = lambda gated: add_up(kernels, gated)
-            engine.sampler.experts = None if not shadow else engine.sampler.experts
         engine.start()
         long = Request("long", 0, 4 * STEP_ROWS, asked=True)
         engine.step((long, 0, 2 * STEP_ROWS), fails=True)
         engine.step((long, 0, 3 * STEP_ROWS), padding=7)
+        engine.step((Request("short"), 0, 5))
         engine.step((long, 3 * STEP_ROWS, STEP_ROWS + 3))
         files.append(engine.file(tmp_path))
         assert engine.collector.status()["lost_samples"] == 2 * STEP_ROWS
         assert engine.collector.status()["reads_outputs"] is reads
     read, again = files
-    assert read["reap.count"].sum() == (4 * STEP_ROWS + 3) * LAYERS * TOP_K
+    assert read["reap.count"].sum() == (4 * STEP_ROWS + 3 + 5) * LAYERS * TOP_K
     for name in again.tensors:
         if name.startswith(("reap", "eaft.grid", "router.shadow")):
             assert np.allclose(read[name], again[name], rtol=1e-5, atol=1e-4), name
 
 
-def test_a_step_whose_outputs_were_not_seen_is_lost(tmp_path: Path) -> None:
+def test_a_step_whose_outputs_were_not_seen_is_lost_and_the_next_is_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
     engine = SampledEngine("reap")
     engine.sampler.reads_outputs = True
     engine.start()
+    engine.step((Request("failed", 0, 2 * STEP_ROWS), 0, 2 * STEP_ROWS), fails=True)
     engine.step((Request("a", 0, 2 * STEP_ROWS), 0, 2 * STEP_ROWS))
-    engine.step((Request("b", 0, 10), 0, 10))
-    found = engine.file(tmp_path)
-    assert found["reap.count"].sum() == 10 * LAYERS * TOP_K
-    assert engine.collector.status()["lost_samples"] == 2 * STEP_ROWS
+    assert engine.collector.status()["reads_outputs"]  # a step that failed says nothing of the kernels
+    engine.step((Request("b", 0, 3 * STEP_ROWS), 0, 3 * STEP_ROWS))
+    found, status = engine.file(tmp_path), engine.collector.status()
+    assert found["reap.count"].sum() == 3 * STEP_ROWS * LAYERS * TOP_K
+    assert (status["lost_samples"], status["reads_outputs"]) == (4 * STEP_ROWS, False)
+    assert "0 of 3 layers" in caplog.text
