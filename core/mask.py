@@ -41,6 +41,14 @@ class MaskModel(BaseModel):
     top_k: int = Field(ge=1)
     fingerprint: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
 
+    @classmethod
+    def of(cls, spec: ModelSpec, fingerprint: str | None = None) -> MaskModel:
+        """A model of this shape, with its own top_k."""
+        return cls(
+            architecture=spec.architecture, num_layers=spec.num_layers, num_experts=spec.num_experts, top_k=spec.top_k,
+            fingerprint=fingerprint,
+        )  # fmt: skip
+
     @property
     def spec(self) -> ModelSpec:
         """As a model's shape, with MoE layers numbered from 0."""

@@ -111,10 +111,7 @@ def build(
     Raises:
         MaskError: a rule is broken; `source` is the file it names.
     """
-    model = MaskModel(
-        architecture=spec.architecture, num_layers=spec.num_layers, num_experts=spec.num_experts, top_k=spec.top_k,
-        fingerprint=fingerprint,
-    )  # fmt: skip
+    model = MaskModel.of(spec, fingerprint)
     document = {
         "format": mask_file.FORMAT, "version": mask_file.VERSION, "model": model.model_dump(),
         "keep": [None if row is None else list(row) for row in keep], "top_k": top_k, "provenance": provenance,

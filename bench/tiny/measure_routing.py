@@ -78,6 +78,6 @@ def recorded(model: Any) -> Iterator[Selections]:
 def random_mask(spec: ModelSpec, num_kept: int, seed: int) -> ExpertMask:
     """A mask that keeps `num_kept` experts of each layer, drawn anew for each."""
     rng = random.Random(f"softprune.tiny/{seed}")
-    model = MaskModel(architecture=spec.architecture, num_layers=spec.num_layers, num_experts=spec.num_experts, top_k=spec.top_k)
+    model = MaskModel.of(spec)
     keep: list[list[int] | None] = [sorted(rng.sample(range(spec.num_experts), num_kept)) for _ in range(spec.num_layers)]
     return ExpertMask(model=model, keep=keep, provenance={"method": "random", "seed": seed})

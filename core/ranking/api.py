@@ -88,10 +88,7 @@ def model_of_checkpoint(folder: Path) -> MaskModel:
     from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 
     spec = spec_of(read_config(folder), str(folder / "config.json"))
-    return MaskModel(
-        architecture=spec.architecture, num_layers=spec.num_layers, num_experts=spec.num_experts, top_k=spec.top_k,
-        fingerprint=fingerprint_of_checkpoint(folder),
-    )  # fmt: skip
+    return MaskModel.of(spec, fingerprint_of_checkpoint(folder))
 
 
 def _statistics(stats: Stats, chosen: Criterion, progress: Callable[[str, int], None] | None) -> tuple[Statistics, dict[str, Any]]:

@@ -122,9 +122,7 @@ class Collector:
             raise RefusedError(f"--softprune-stats: found {experts} experts a layer; expected a power of two from 16 on")
         self.stats = RouterStats(spec.num_layers, experts, top_k, max_tags, max_rows, device, dtype)
         self.tags = Tags(max_tags)
-        self._model = MaskModel(
-            architecture=spec.architecture, num_layers=spec.num_layers, num_experts=experts, top_k=spec.top_k, fingerprint=fingerprint
-        )
+        self._model = MaskModel.of(spec, fingerprint)
         self._engine, self._version = engine.split(" ", 1)
         self._top_k, self._log = top_k, log
         self._seen = [False] * spec.num_layers

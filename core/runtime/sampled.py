@@ -211,9 +211,9 @@ class Sampler:
 
         def measure(gated: torch.Tensor) -> None:
             norms = torch.linalg.vector_norm(gated[..., :width], dim=-1, dtype=torch.float32)
-            # The kernels keep gates in the dtype of the logits.
             if norms.shape != found.gates.shape:
                 raise ValueError(f"found outputs {list(gated.shape)}; expected {[*found.gates.shape, width]}")
+            # The kernels keep gates in the dtype of the logits.
             then(replace(found, norms=norms / found.gates.to(dtype).float()))
 
         self.outputs.ask(rows, measure)
@@ -314,12 +314,17 @@ class Sampler:
     def _measure_within(
         self, layers: dict[int, Routed], layer: int, hidden: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor
     ) -> None:  # fmt: skip
-        assert self.settings is not None
-        inputs, of_rows = hidden[rows, : self._slab.hidden.shape[-1]], logits[rows]
-        if self.reads_outputs and self.settings.mode != "router":
-            self._read(rows, self._routed(layer, inputs, of_rows, None).ascending(), functools.partial(layers.__setitem__, layer))
+        settings, inputs = self.settings, hidden[rows, : self._slab.hidden.shape[-1]]
+        assert settings is not None
+        experts = self.experts if settings.mode != "router" else None
+        reads = self.reads_outputs and experts is not None
+        found = routed(layer, inputs, logits[rows], self._top_k, None if reads else experts)
+        if settings.shadow:
+            found = replace(found, shadow=self._shadow(layer, inputs))
+        if reads:
+            self._read(rows, found.ascending(), functools.partial(layers.__setitem__, layer))
         else:
-            layers[layer] = self._routed(layer, inputs, of_rows, self.experts)
+            layers[layer] = found
 
     def _keeps(self, hidden: torch.Tensor) -> bool:
         """Whether a layer's rows go into the slab: in a captured graph always, since it cannot know what a step will sample."""
@@ -439,12 +444,6 @@ class Sampler:
         while len(self._last) > _REMEMBERED:
             self._last.pop(next(iter(self._last)))
         return shifted
-
-    def _routed(self, layer: int, hidden: torch.Tensor, logits: torch.Tensor, experts: Experts | None) -> Routed:
-        settings = self.settings
-        assert settings is not None
-        found = routed(layer, hidden, logits, self._top_k, experts if settings.mode != "router" else None)
-        return replace(found, shadow=self._shadow(layer, hidden)) if settings.shadow else found
 
     def _shadow(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """int16 [n, top_k], what the router would choose without a mask."""

@@ -19,15 +19,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from softprune.bench.tiny.weights import HERE as TINY
-from softprune.checkpoint.families import read_config, spec_of
-from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.evaluate import reference_stats
 from softprune.evaluate.packing import Blocks, completion_ranges
 from softprune.evaluate.reference import load_reference
 from softprune.evaluate.reference_stats import TokenRecord
 from softprune.evaluate.replay import Replay
-from softprune.mask import MaskModel
-from softprune.ranking.api import rank
+from softprune.ranking.api import model_of_checkpoint, rank
 from softprune.ranking.eaft_regions import Rule, regions
 from softprune.server_client import ServerClient
 from softprune.stats.collect_packs import load
@@ -91,11 +88,7 @@ def reference(
     model: Path, blocks: dict[str, Blocks], attribution: Any = "predictor", dtype: torch.dtype = torch.float32
 ) -> tuple[Statistics, TokenRecord]:
     """Sums, and the tokens that `eaft` counts one by one."""
-    spec = spec_of(read_config(model))
-    shape = MaskModel(
-        architecture=spec.architecture, num_layers=spec.num_layers, num_experts=spec.num_experts, top_k=spec.top_k,
-        fingerprint=fingerprint_of_checkpoint(model),
-    )  # fmt: skip
+    shape = model_of_checkpoint(model)
     loaded = load_reference(model, dtype=dtype)
     sums, record = reference_stats.collect(loaded, shape, blocks, attribution=attribution, reap_everywhere=True, record=True)
     assert record is not None

@@ -1,6 +1,6 @@
 """One vLLM, never restarted: statistics, three rankings, a sweep of four numbers kept over two packs, and a recipe carried out to the end.
 
-Run alone: pytest tests/evidence/test_sweep.py (about half an hour on two cores)
+Run alone: pytest tests/evidence/test_sweep.py (about twenty minutes on two cores)
 """
 
 from __future__ import annotations

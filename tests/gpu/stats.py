@@ -34,11 +34,8 @@ from softprune.bench.prompts import Workload
 from softprune.bench.server import Server, ServerError, free_port
 from softprune.bench.tiny import PACKS
 from softprune.checkpoint.dequantize import dequantize_checkpoint
-from softprune.checkpoint.families import read_config, spec_of
-from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.checkpoint.synth import synth_checkpoint
 from softprune.evaluate.replay import spans_text
-from softprune.mask import MaskModel
 from softprune.runtime.tags import SPANS_KEY, TAG_KEY
 from softprune.server_client import ServerClient
 from softprune.stats.file import Statistics, read, write
@@ -55,12 +52,9 @@ def make_reference(checkpoint: Path, blocks: Path, out: Path) -> None:
     from softprune.evaluate.packing import Blocks
     from softprune.evaluate.reference import load_reference
     from softprune.evaluate.reference_stats import collect
+    from softprune.ranking.api import model_of_checkpoint
 
-    spec = spec_of(read_config(checkpoint))
-    shape = MaskModel(
-        architecture=spec.architecture, num_layers=spec.num_layers, num_experts=spec.num_experts, top_k=spec.top_k,
-        fingerprint=fingerprint_of_checkpoint(checkpoint),
-    )  # fmt: skip
+    shape = model_of_checkpoint(checkpoint)
     with np.load(blocks, allow_pickle=False) as arrays:
         packs = {pack: Blocks(arrays[f"{pack}.ids"], arrays[f"{pack}.keep"], arrays[f"{pack}.ids"] * 0, 1, "0" * 64) for pack in PACKS}
     found, _ = collect(load_reference(checkpoint), shape, packs, reap_everywhere=True)

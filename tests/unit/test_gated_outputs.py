@@ -106,7 +106,7 @@ def test_only_what_agrees_is_read(number: int, kernels: Any) -> None:
     assert not sampler._agrees(lambda layer, hidden, ids, gates: hidden.float(), number)  # which no such kernel adds up
 
 
-def test_long_steps_are_compiled_for_and_no_longer_ones_than_come(kernels: Any) -> None:
+def test_long_steps_are_compiled_for_and_no_longer_ones_than_come() -> None:
     model = make_model(make_launch(stats="reap"))
     for max_rows, expected in ((8192, [64, 1025, 1033, 2049, 2057, 4097, 4105]), (1024, [64])):
         sampler = model.add_collector(max_rows, "vLLM 0.32.0").sampler

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from softprune.checkpoint.families import read_config, spec_of
-from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.errors import RefusedError
 from softprune.evaluate.packing import Blocks
 from softprune.evaluate.reference import load_reference, score
 from softprune.evaluate.reference_stats import collect
 from softprune.mask import MaskModel
+from softprune.ranking.api import model_of_checkpoint
 from softprune.stats.file import Statistics, read, write
 from softprune.stats.grid import DEFAULT_GRID, bin_of
 
@@ -37,11 +36,7 @@ def model(models: dict[str, Path]) -> Any:
 
 @pytest.fixture(scope="module")
 def shape(models: dict[str, Path]) -> MaskModel:
-    spec = spec_of(read_config(models["gpt-oss"]))
-    return MaskModel(
-        architecture=spec.architecture, num_layers=spec.num_layers, num_experts=spec.num_experts, top_k=spec.top_k,
-        fingerprint=fingerprint_of_checkpoint(models["gpt-oss"]),
-    )  # fmt: skip
+    return model_of_checkpoint(models["gpt-oss"])
 
 
 def outputs_by_hand(model: Any, ids: np.ndarray) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from softprune.checkpoint.families import read_config, spec_of
-from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.evaluate.packing import Blocks
 from softprune.evaluate.reference import load_reference
 from softprune.evaluate.reference_stats import collect
-from softprune.mask import MaskModel
+from softprune.ranking.api import model_of_checkpoint
 from tests.gpu.study import hooks, load, load_by_transformers
 
 LENGTH = 96
@@ -32,11 +30,7 @@ def model(base: Path) -> Any:
 
 def test_hooks_add_up_what_the_reference_does(base: Path, model: Any) -> None:
     ids = np.random.default_rng(0).integers(0, 480, (2, LENGTH)).astype(np.int32)
-    spec = spec_of(read_config(base))
-    shape = MaskModel(
-        architecture=spec.architecture, num_layers=spec.num_layers, num_experts=spec.num_experts, top_k=spec.top_k,
-        fingerprint=fingerprint_of_checkpoint(base),
-    )  # fmt: skip
+    shape = model_of_checkpoint(base)
     blocks = Blocks(ids, np.zeros(ids.shape, bool), np.zeros_like(ids), 1, f"{0:064x}")
     expected, _ = collect(load_reference(base), shape, {"default": blocks}, reap_everywhere=True)
     with hooks(model, LENGTH) as sums, torch.inference_mode():
@@ -46,7 +40,7 @@ def test_hooks_add_up_what_the_reference_does(base: Path, model: Any) -> None:
     np.testing.assert_allclose(sums["gate"].numpy(), expected["router.gate_sum"][0].sum(0), rtol=1e-4)
     np.testing.assert_allclose(sums["norm"].numpy(), expected["reap.norm_sum"][0], rtol=1e-4)
     np.testing.assert_allclose(sums["gate_norm"].numpy(), expected["reap.gate_norm_sum"][0], rtol=1e-4)
-    assert sums["count"].sum() == 2 * LENGTH * spec.top_k * spec.num_layers
+    assert sums["count"].sum() == 2 * LENGTH * shape.top_k * shape.num_layers
 
 
 def test_tokens_are_strided(model: Any) -> None:
