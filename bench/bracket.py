@@ -2,9 +2,17 @@
 
 Sizes that are not tried are taken to run if they lie below one that ran; a size that failed below one that ran is remembered, and the
 answer lies below all that failed.
+
+Of requests that wait for room, as many run as there is room for. Where fewer ran than did at another time, or none was seen to wait, it may
+be that they came too far apart for the length of their answers: their size is in doubt, and tried again.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+
+DOUBTS = 3
+"""So many failures of a size that are in doubt are taken for one."""
 
 
 class Bracket:
@@ -21,7 +29,16 @@ class Bracket:
         self.most, self.step = most, step
         self._size, self._jump = max(1, min(start, most)), max(1, jump)
         self.passed: set[int] = set()
-        self.failed: set[int] = set()
+        self._failures: list[tuple[int, int | None, bool]] = []
+        self._last: int | None = None
+
+    @property
+    def failed(self) -> set[int]:
+        """Sizes that failed, but for those in doubt."""
+        most = max(self.passed, default=0)
+        sure = {size for size, at_once, waited in self._failures if at_once is None or (waited and at_once >= most)}
+        tried = Counter(size for size, _, _ in self._failures)
+        return sure | {size for size, times in tried.items() if times >= DOUBTS}
 
     @property
     def low(self) -> int:
@@ -38,15 +55,28 @@ class Bracket:
         """Sizes that failed although they, or larger ones, ran at another time."""
         return sorted(size for size in self.failed if any(other >= size for other in self.passed))
 
-    def told(self, size: int, ran: bool) -> None:
-        """What came of a size."""
-        (self.passed if ran else self.failed).add(size)
+    def told(self, size: int, ran: bool, at_once: int | None = None, waited: bool = True) -> None:
+        """What came of a size.
+
+        Args:
+            size: that was tried.
+            ran: whether it did.
+            at_once: how many of its requests ran, if not all did; None if it failed in another way.
+            waited: whether others of them were seen to wait.
+        """
+        self._last = size
+        if ran:
+            self.passed.add(size)
+        else:
+            self._failures.append((size, at_once, waited))
 
     def next(self) -> int | None:
         """The next size to try, or None: `low` is the answer."""
-        low, high = self.low, self.high
-        if not self.passed and not self.failed:
+        if self._last is None:
             return self._size
+        if self._last not in self.passed | self.failed:
+            return self._last
+        low, high = self.low, self.high
         if high is None:
             return None if low >= self.most else self._further(min(self.most, low + self._jump))
         if low == 0:

@@ -2,8 +2,9 @@
 
 A size is tried with one pass of `softprune.bench.decode`. That all its requests ran at once is seen in the streams, each of which has its
 first token before any has its last, or in the engine's gauge of running requests, which engines update now and then; of answers so short
-that neither shows it, the size found is too small. Preemptions (vLLM) and retractions (SGLang) are read from the engine's metrics. The size
-that is found has to run again, as often as its throughput is measured. A search that ends for want of time goes on from its own document.
+that neither ever shows it, the size found is too small. Preemptions (vLLM) and retractions (SGLang) are read from the engine's metrics.
+The size that is found has to run again, as often as its throughput is measured. A search that ends for want of time goes on from its own
+document.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Try:
         why: None if it ran; else "error", "preempted" or "queued".
         preempted: requests that were, by the engine's metrics.
         max_running: most requests that the engine's gauge showed; engines update it now and then only.
+        max_waiting: likewise, of waiting ones.
         together: how many requests ran at once by what the streams show; None without streaming.
         error: what went wrong.
         figures: of the pass, without its streams; None after an error, and where a preemption was seen, which ends a pass.
@@ -51,6 +53,7 @@ class Try:
     why: str | None
     preempted: int
     max_running: int
+    max_waiting: int
     together: int | None
     error: str | None
     figures: dict[str, Any] | None
@@ -138,7 +141,7 @@ def max_batch(
             longest = 0.0
 
             def take(tried: Try) -> None:
-                bracket.told(tried.batch, tried.why is None)
+                bracket.told(tried.batch, tried.why is None, tried.at_once if tried.why == "queued" else None, tried.max_waiting > 0)
                 if tried.why is not None:
                     failures[tried.batch] = tried
 
@@ -231,7 +234,7 @@ class _Trial:
         """
         before = await self._settled()
         self._number += 1
-        seen: list[int] = [0]
+        seen = [before]
         tried = asyncio.create_task(self.client.run_batch(size, self._number))
         watch = asyncio.create_task(self._watch(seen, before.preempted))
         result, error = None, None
@@ -247,18 +250,19 @@ class _Trial:
             await asyncio.gather(tried, watch, return_exceptions=True)
         after = await self._settled()  # raises if the server is gone
         preempted, together = after.preempted - before.preempted, most_together(result) if result and self.client.stream else None
+        running, waiting = (max(getattr(load, name) for load in seen) for name in ("running", "waiting"))
         why: str | None
         if error is not None:
             why = "error"
         elif preempted:
             why = "preempted"
         else:
-            why = "queued" if max(*seen, together or 0) < size else None
+            why = "queued" if max(running, together or 0) < size else None
         told = None if error is None else without_address(str(error), {"the server": self.client.url})
         figures = result.figures() if result else None
         if figures is not None:
             del figures["streams"]
-        return Try(size, kind, why, preempted, max(seen), together, told, figures)
+        return Try(size, kind, why, preempted, running, waiting, together, told, figures)
 
     async def _settled(self) -> engine_metrics.Load:
         """The engine's load once nothing runs or waits; those of a pass that failed are given up, which engines take a moment for."""
@@ -275,11 +279,11 @@ class _Trial:
     async def _load(self) -> engine_metrics.Load:
         return engine_metrics.load_of(await engine_metrics.read(self.client), self.client.engine["name"])
 
-    async def _watch(self, seen: list[int], preempted: int) -> None:
+    async def _watch(self, seen: list[engine_metrics.Load], preempted: int) -> None:
         """Look at the engine's load until a request is preempted: a pass that has failed need not be waited for."""
         while True:
             load = await self._load()
-            seen.append(load.running)
+            seen.append(load)
             if load.preempted > preempted:
                 return
             await asyncio.sleep(POLL_SECONDS)

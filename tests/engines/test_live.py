@@ -253,6 +253,6 @@ def test_masks_are_compared(live: Live, models: dict[str, Path]) -> None:
 
 def test_the_largest_batch_is_found(live: Live) -> None:
     """Bounded by --max-num-seqs; and, of long requests, by blocks: the layers' two kinds take 17 and 6 of the 260."""
-    found = check_largest(live.server, Workload(16, 64), 32, "queued: of 33 requests at most 32 ran at once", start=32, most=33)
+    found = check_largest(live.server, Workload(16, 112), 32, "queued: of 33 requests at most 32 ran at once", start=32, most=33)
     assert found["memory"]["kv_blocks"] == 260
     check_largest(live.server, Workload(480, 64), 11, "of 12 requests were preempted", start=10, most=12)

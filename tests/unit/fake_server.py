@@ -32,7 +32,8 @@ class Behaviour:
         first_s, step_s: seconds to the first token, and from token to token, counted from the request's arrival.
         first_tokens, chunk: tokens in the first chunk, and in every later one; a chunk comes when its last token is due, the first
             one at first_s.
-        fault: "short", "long", "prompt", "stall", "die", "cut" (ends without an end mark), "500" or "error" (in the stream).
+        fault: "short", "long", "prompt", "stall", "die", "cut" (ends without an end mark), "500", "error" (in the stream) or "late" (it
+            begins when nothing else runs).
         faulty: index of the request, since the behaviour was set, that has the fault.
         text: SGLang with a tokenizer, whose chunks hold text as well as ids.
         cached: prompt tokens said to come from the prefix cache.
@@ -130,19 +131,22 @@ class _App:
                 async with self.free:
                     await self.free.wait_for(lambda: self.running < self.behaviour.capacity)
                 self.waiting -= 1
+        index, self.served = self.served, self.served + 1
+        if self.behaviour.fault == "late" and index == self.behaviour.faulty:
+            async with self.free:
+                await self.free.wait_for(lambda: not self.running)
         self.running += 1
         try:
-            return await self.answer(request)
+            return await self.answer(request, index)
         finally:
             self.running -= 1
             async with self.free:
                 self.free.notify()
 
-    async def answer(self, request: web.Request) -> web.StreamResponse:
+    async def answer(self, request: web.Request, index: int) -> web.StreamResponse:
         arrived, behaviour = asyncio.get_running_loop().time(), self.behaviour
         speed = self.factor * (behaviour.second if request.transport.get_extra_info("sockname")[1] == self.second_port else 1.0)
         behaviour = replace(behaviour, first_s=behaviour.first_s / speed, step_s=behaviour.step_s / speed)
-        index, self.served = self.served, self.served + 1
         body = await request.json()
         self.log.append({"path": request.path, "open": request.transport.get_extra_info("peername") in self.known, "body": body})
         if index != behaviour.faulty:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from softprune.bench.bracket import Bracket
+from softprune.bench.bracket import DOUBTS, Bracket
 
 
 def search(runs: Callable[[int], bool], start: int, most: int, jump: int, step: int = 1) -> tuple[Bracket, list[int]]:
@@ -52,6 +52,35 @@ def test_a_size_that_fails_at_another_time_is_not_the_answer() -> None:
     assert bracket.next() == 19
     bracket.told(19, True)
     assert bracket.next() is None
+
+
+def test_a_size_of_which_fewer_ran_than_of_another_is_tried_again() -> None:
+    """32 run; of the first 32, and of others later on, 27 and 20 were seen at once."""
+    bracket = Bracket(32, 40, 8)
+    tries = []
+    doubtful = {1: 27, 4: 20, 6: 20}
+    while (size := bracket.next()) is not None:
+        tries.append(size)
+        at_once = min(size, doubtful.get(len(tries), 32))
+        bracket.told(size, size <= at_once, at_once)
+    assert tries == [32, 24, 28, 40, 40, 34, 34, 31, 32, 33]
+    assert (bracket.low, bracket.high, bracket.not_monotone) == (32, 33, [])
+
+
+def test_a_size_of_which_none_was_seen_to_wait_is_tried_again() -> None:
+    bracket = Bracket(8, 64, 8)
+    bracket.told(8, False, 7, waited=False)
+    assert (bracket.next(), bracket.high) == (8, None)
+    bracket.told(8, True)
+    assert (bracket.next(), bracket.failed) == (16, set())
+
+
+def test_a_size_that_is_always_in_doubt_fails() -> None:
+    bracket, _ = search(lambda size: size <= 20, 8, 64, 8)
+    for _ in range(DOUBTS):
+        assert (bracket.low, bracket.next()) == (20, None)
+        bracket.told(20, False, 15)
+    assert (bracket.low, bracket.high, bracket.not_monotone) == (16, 20, [20])
 
 
 def test_the_answer_lies_below_all_that_failed() -> None:
