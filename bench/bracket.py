@@ -4,15 +4,16 @@ Sizes that are not tried are taken to run if they lie below one that ran; a size
 answer lies below all that failed.
 
 Of requests that wait for room, as many run as there is room for. Where fewer ran than did at another time, or none was seen to wait, it may
-be that they came too far apart for the length of their answers: their size is in doubt, and tried again.
+be that they came too far apart for the length of their answers, or that a client with little time saw them so: their size is in doubt, and
+tried again.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
-DOUBTS = 3
-"""So many failures of a size that are in doubt are taken for one."""
+DOUBTS = 5
+"""So many failures of a size in a row that are in doubt are taken for one."""
 
 
 class Bracket:
@@ -67,6 +68,7 @@ class Bracket:
         self._last = size
         if ran:
             self.passed.add(size)
+            self._failures = [failure for failure in self._failures if failure[0] != size or failure[1] is None]
         else:
             self._failures.append((size, at_once, waited))
 
