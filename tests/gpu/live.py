@@ -31,6 +31,7 @@ from softprune.mask import ExpertMask
 from tests.conftest import random_mask, random_prompts, saved
 from tests.gpu.compare import gap
 from tests.gpu.engines import ENGINES, Engine, Row
+from tests.gpu.memory import used_mib
 from tests.gpu.prove import arguments, versions
 
 API = "/softprune/v1"
@@ -193,14 +194,14 @@ class Live:
         """Decode speed and device memory before and after many switches."""
         self.switcher.put(0)
         self._measure(1)
-        before, memory = self._measure(3), self._memory()
+        before, memory = self._measure(3), used_mib() or 0
         self.switcher.reconnect()
         began = time.monotonic()
         for turn in range(1, self.sizes.speed_switches + 1):
             self.switcher.put(turn)
         seconds = time.monotonic() - began
         self.switcher.put(0)
-        after, memory_after = self._measure(3), self._memory()
+        after, memory_after = self._measure(3), used_mib() or 0
         return {
             "tok_s": {"before": before, "after": after}, "switches": self.sizes.speed_switches, "seconds": round(seconds, 2),
             "after_over_before": round(statistics.median(after) / statistics.median(before), 4),
@@ -313,13 +314,6 @@ class Live:
         """Tokens per second of every pass: while decoding if they streamed, else in all."""
         (result,) = json.loads((self.work / out).read_text())["results"]
         return [repeat["decode_tok_s"] or repeat["total_tok_s"] for repeat in result["repeats"]]
-
-    def _memory(self) -> int:
-        """MiB in use on the GPU, by all of its processes."""
-        if not self.engine.on_gpu:
-            return 0
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0])
 
 
 def _largest_gap(one: Any, two: Any) -> float:

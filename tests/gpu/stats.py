@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import time
 import urllib.request
@@ -40,6 +39,7 @@ from softprune.runtime.tags import SPANS_KEY, TAG_KEY
 from softprune.server_client import ServerClient
 from softprune.stats.file import Statistics, read, write
 from tests.gpu.engines import ENGINES, Engine, Row, versions
+from tests.gpu.memory import used_mib
 from tests.gpu.tiny import figures
 
 KEEPS = (24, 16, 8)
@@ -318,7 +318,7 @@ class Trial:
         """Device memory before and after many tokens."""
         state = self.collecting(server, "eaft")
         self.prefill(server, "before")
-        before, tokens, began = _gpu_mib(), 0, time.monotonic()
+        before, tokens, began = used_mib(), 0, time.monotonic()
         while tokens < (GROWN_TOKENS if self.engine.on_gpu else 2000) and self.left > 20:
             self.prefill(server, f"growth {tokens}")
             tokens += 8 * 8192 if self.engine.on_gpu else 4 * 256
@@ -329,7 +329,7 @@ class Trial:
         )
         status = server.request("GET", "/softprune/v1/status")[1]["statistics"]
         return {
-            "tokens": tokens, "seconds": round(time.monotonic() - began, 1), "gpu_mib_before": before, "gpu_mib_after": _gpu_mib(),
+            "tokens": tokens, "seconds": round(time.monotonic() - began, 1), "gpu_mib_before": before, "gpu_mib_after": used_mib(),
             "device_bytes_before": state["device_bytes"], "device_bytes_after": status["device_bytes"],
             "device_mib": round(status["device_bytes"] / 2**20, 1),
             **{name: status[name] for name in ("missed_tokens", "lost_samples")},
@@ -403,16 +403,6 @@ def _ratio(speeds: dict[str, list[float]], name: str, other: str) -> float | Non
 def _spans(keep: NDArray[np.bool_]) -> list[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
-
-
-def _gpu_mib() -> int | None:
-    try:
-        found = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
-        )
-        return int(found.stdout.split()[0])
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        return None
 
 
 def main() -> None:
