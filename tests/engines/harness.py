@@ -36,7 +36,7 @@ class VllmServer(Server):
         port = free_port()
         super().__init__(vllm_command(model, port, *SERVER_ARGS, "--enforce-eager", *args), port, log, KEY, {**BASE_ENV, **(env or {})})
 
-    def wait_exit(self, seconds: float = 120) -> str:
+    def wait_exit(self, seconds: float = 300) -> str:
         """Wait for the server to give up; its output. Fails if it comes up."""
         deadline = time.monotonic() + seconds
         started = False

@@ -153,7 +153,7 @@ def mixed_then_asked(client: Client, masks: dict[str, ExpertMask], prompt: list[
     return {"epochs": len(epochs(answer)), "hit": hit, "difference": difference(cached, fresh), "common": len(set(cached) & set(fresh))}
 
 
-def wait_exit(server: Server, seconds: float = 120) -> str:
+def wait_exit(server: Server, seconds: float = 300) -> str:
     """Wait for the server to give up; its output, or what it did instead."""
     deadline = time.monotonic() + seconds
     while server.process.poll() is None and time.monotonic() < deadline:

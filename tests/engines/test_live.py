@@ -192,14 +192,15 @@ def test_drain_lets_running_requests_finish_under_their_mask(live: Live) -> None
     prompt, other = heldout_prompts(2, 64, seed=81)
 
     def on_chunk(count: int) -> None:
-        if count == 20:
+        if count >= 20 and not started.done():
             started.set_result(None)
 
     with ThreadPoolExecutor(3) as pool:
-        running = pool.submit(live.server.stream, prompt, 300, on_chunk)
+        running = pool.submit(live.server.stream, prompt, 800, on_chunk)
         started.result(60)
         switch = pool.submit(live.put, live.masks[1], "?in_flight=drain")
-        time.sleep(0.1)
+        time.sleep(0.7)
+        assert not running.done()
         later = pool.submit(live.server.stream, other, 8)
         assert running.result(120).epochs == [old]
         assert later.result(120).epochs == [old + 1]

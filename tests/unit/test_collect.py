@@ -403,7 +403,7 @@ def test_ranges_of_real_blocks_are_their_masks(packs: dict[str, Blocks]) -> None
 def test_prometheus_reads_what_was_counted(start: Start, packs: dict[str, Blocks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from prometheus_client import REGISTRY
 
-    monkeypatch.setattr("softprune.control_api.SCRAPE_SECONDS", 0.3)
+    monkeypatch.setattr("softprune.control_api.SCRAPE_SECONDS", 30)
     server = start()
     client = client_of(server)
 
@@ -429,14 +429,14 @@ def test_prometheus_reads_what_was_counted(start: Start, packs: dict[str, Blocks
     server.api.ask = counting  # type: ignore[method-assign]
     scraped()
     assert asked == [], "asked a moment ago"
-    server.api._scraped = 0.0
+    server.api._scraped = float("-inf")
     scraped()
     assert asked == ["status"]
 
     async def broken(scope: Any, what: str, **arguments: Any) -> list[Any]:
         raise RuntimeError("gone")
 
-    server.api.ask, server.api._scraped = broken, 0.0  # type: ignore[method-assign]
+    server.api.ask, server.api._scraped = broken, float("-inf")  # type: ignore[method-assign]
     scraped()
     server.api.ask = ask  # type: ignore[method-assign]
     client.stop_stats()

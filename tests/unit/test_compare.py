@@ -69,7 +69,7 @@ def masks(fake: ServedFake) -> Masks:
 
 def test_two_servers_in_turns(server: FakeServer) -> None:
     """Every pass has prompts of its own; the document is what its description says."""
-    server.behave(Behaviour("vllm", 0.02, 0.015, second=1.5))
+    server.behave(Behaviour("vllm", 0.06, 0.06, second=1.5))
     steps: list[tuple[str, Step]] = []
     document = compare(
         Urls(server.url, server.second), SMALL, [1, 3], repeats=3, warmup=1, gpu="Mine", progress=lambda *step: steps.append(step)
@@ -105,7 +105,7 @@ def test_without_streaming(server: FakeServer) -> None:
 
 
 def test_masks_are_switched_and_put_back(live: ServedFake) -> None:
-    live.engine.step_s = (0.02, 0.01)
+    live.engine.step_s = (0.06, 0.03)
     before = live.api.in_force
     sides = masks(live)
     document = compare(sides, SMALL, [1, 2], repeats=4, warmup=1, **OPTIONS)

@@ -310,7 +310,7 @@ def test_headroom_goes_from_memory_to_searches(tmp_path: Path, monkeypatch: pyte
         assert until - time.monotonic() <= budget[0] - session.STOPPING_S
         searches.append(given["earlier"])
         into.update(format="softprune.max-batch", notes=notes, tries=["t"], max_batch=None, limit="not known", out_of_time=True, resumed=0)
-        given["progress"](Try(1, "search", None, 0, 1, 1, None, None), 1)
+        given["progress"](Try(1, "search", None, 0, 1, 0, 1, None, None), 1)
         if not late:
             into.update(max_batch=7, limit="preempted", out_of_time=False, resumed=1 if given["earlier"] else 0)
 

@@ -22,7 +22,7 @@ from softprune.errors import InputError
 from tests.unit.fake_server import Behaviour, FakeServer
 
 WORK = Workload(prompt_tokens=8, max_new_tokens=10)
-SLOW = {"first_s": 0.05, "step_s": 0.015}
+SLOW = {"first_s": 0.05, "step_s": 0.04}
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def test_the_engines_own_key_goes_with_every_call() -> None:
 @pytest.mark.parametrize("probe", [True, False])
 def test_a_server_that_obeys_passes(start: Any, name: str, probe: bool) -> None:
     server = start(name, debug_routes=probe)
-    server.engine.step_s = (0.02, 0.01)
+    server.engine.step_s = (0.1, 0.05)
     code, lines = cli(server)
     assert code == 0, lines
     assert [line[:27].rstrip() for line in lines] == [
