@@ -1,4 +1,4 @@
-"""README's figures that come from headline.json: whole tables, and numbers in the text.
+"""Figures in README and docs that come from headline.json: whole tables, and numbers in the text.
 
 Between `<!-- headline:NAME -->` and `<!-- /headline -->` stands what this module makes of headline.json. NAME is one of `TABLES`, or a
 figure with the format that its number is to have: `<!-- headline:sglang.mask.switch_ms.p50 .1f -->5.5<!-- /headline -->`.

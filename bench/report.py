@@ -1,4 +1,4 @@
-"""A report of raw benchmark files, from them alone: Markdown tables and SVG plots. And README's figures from headline.json.
+"""A report of raw benchmark files, from them alone: Markdown tables and SVG plots. And the figures of README and docs from headline.json.
 
     python -m softprune.bench.report RAW.json… -o FOLDER
     python -m softprune.bench.report --readme README.md
@@ -26,6 +26,8 @@ from softprune.files import write_whole
 
 HEADLINE = Path("bench") / "results" / "headline.json"
 """Beside README.md."""
+PAGES = "docs/*.md"
+"""Likewise; they hold such blocks as well."""
 PICTURES = ("tok_s_*.svg", "ratio_*.svg", "memory.svg")
 console = Console(highlight=False)
 
@@ -35,26 +37,35 @@ def report_command(
         list[Path] | None, typer.Argument(metavar="RAW…", help="Files of bench decode, compare, max-batch, or a matrix.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for report.md and the plots; made if there is none.")] = None,
-    readme: Annotated[Path | None, typer.Option(help="Rewrite this file's headline blocks instead, from bench/results beside it.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Instead, fill in the figures of this file and of docs/ beside it.")] = None,
 ) -> None:
     """Make a Markdown report with plots from raw benchmark files."""
     if readme is not None and not raw:
         figures = headline.read(readme.parent / HEADLINE)
-        try:
-            text = readme.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(str(readme), "", str(error), "a readable text file") from None
-        new = filled(text, figures, str(readme))
-        write_whole(readme, new)
-        console.print(f"{readme}: {'rewritten' if new != text else 'nothing changed'}", soft_wrap=True)
-        if missing := sorted(set(figures) - set(shown(new))):
-            console.print(f"[yellow]shown nowhere:[/] {', '.join(missing)}", soft_wrap=True)
+        missing = set(figures)
+        for page in pages(readme):
+            try:
+                text = page.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(str(page), "", str(error), "a readable text file") from None
+            new = filled(text, figures, str(page))
+            if new != text:
+                write_whole(page, new)
+            console.print(f"{page}: {'rewritten' if new != text else 'nothing changed'}", soft_wrap=True)
+            missing -= set(shown(new))
+        if missing:
+            console.print(f"[yellow]shown nowhere:[/] {', '.join(sorted(missing))}", soft_wrap=True)
         return
     if not raw or out is None or readme is not None:
         raise typer.BadParameter("give raw files and --out FOLDER, or --readme FILE alone")
     text = write_report(raw, out)
     console.print(Markdown(text))
     console.print(f"{out / 'report.md'}", soft_wrap=True, markup=False)
+
+
+def pages(readme: Path) -> list[Path]:
+    """README, and the pages beside it."""
+    return [readme, *sorted(readme.parent.glob(PAGES))]
 
 
 def write_report(raw: list[Path], out: Path) -> str:

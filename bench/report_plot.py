@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vP*X"
+_FOR_A_CURVE = 3
+"""Batch sizes from which on a ratio is drawn against them."""
 # Text stays text, which keeps files small; no date and no random ids, so that a file changes only with its rows.
 _STYLE: Any = {
     "svg.hashsalt": "softprune", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.spines.top": False,
@@ -63,7 +66,47 @@ def _curve(panel: Axes, points: list[Speed], color: str, marker: str, label: str
 
 
 def plot_ratios(compared: list[Compared], path: Path) -> None:
-    """Each ratio of one setting with its interval, a row each; hollow and without an interval where there were too few pairs."""
+    """Each ratio of one setting with its interval; hollow and without an interval where there were too few pairs.
+
+    A row each, or, where the same two were compared at several batch sizes, curves against the batch size, apart by what is divided by.
+    """
+    pairs = Counter((one.a, one.b) for one in compared)
+    if max(pairs.values()) >= _FOR_A_CURVE:
+        _ratios_by_batch(compared, path)
+    else:
+        _ratios_in_rows(compared, path)
+
+
+def _ratios_by_batch(compared: list[Compared], path: Path) -> None:
+    divisors = [name for name, _ in Counter(one.a for one in compared).most_common()]
+    batches = sorted({one.batch for one in compared})
+    with _drawn(path, 7.5, 0.4 + 2.5 * len(divisors)) as figure:
+        panels = figure.subplots(len(divisors), sharex=True, squeeze=False)[:, 0]
+        for panel, divisor in zip(panels, divisors, strict=True):
+            panel.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+            for i, other in enumerate(dict.fromkeys(one.b for one in compared if one.a == divisor)):
+                points = sorted((one for one in compared if (one.a, one.b) == (divisor, other)), key=lambda one: one.batch)
+                _ratio_curve(panel, points, f"C{i % 10}", _MARKERS[i % len(_MARKERS)], other)
+            panel.set(xscale="log", ylabel=f"tokens / s over\n{divisor}")
+            panel.set_xticks(batches, labels=[str(batch) for batch in batches])
+            panel.minorticks_off()
+            panel.grid(alpha=0.25)
+            panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        panels[-1].set_xlabel("batch (requests at once)")
+        panels[0].set_title(compared[0].setting.text, fontsize=9)
+
+
+def _ratio_curve(panel: Axes, points: list[Compared], color: str, marker: str, label: str) -> None:
+    panel.plot(
+        [one.batch for one in points], [one.median for one in points], color=color, linewidth=1.1, label=label, marker=marker, markersize=4
+    )
+    for one in points:
+        if one.low is not None and one.high is not None:
+            panel.vlines(one.batch, one.low, one.high, color=color, linewidth=2.2, alpha=0.5)
+        panel.plot(one.batch, one.median, marker, color=color, markersize=4, markerfacecolor="white" if one.is_marked else color)
+
+
+def _ratios_in_rows(compared: list[Compared], path: Path) -> None:
     with _drawn(path, 7.5, 1.0 + 0.28 * len(compared)) as figure:
         panel = figure.subplots()
         panel.axvline(1, color="grey", linewidth=0.8, linestyle=":")

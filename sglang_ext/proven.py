@@ -1,7 +1,7 @@
 """What masks are known to work with in SGLang, and what is refused.
 
 Platforms and MoE backends are those that were proven, and no others. Modes are refused by name, as
-`UNPROVEN_MODES` lists them. The README's table is this file in prose; the evidence is in tests/engines
+`UNPROVEN_MODES` lists them. The table in docs/proof.md is this file in prose; the evidence is in tests/engines
 and bench/results.
 """
 

@@ -2,7 +2,7 @@
 
 A ratio is the median over rounds of one variant's speed over another's, of rows that the same boot of servers measured in the same round.
 A ratio of fewer than three rounds is in the raw file and is no headline, nor is a largest batch that is not known exactly. Committed files
-hold every row, without the records of single requests (`softprune.bench.packed`).
+hold every row, without the records of single requests (`softprune.bench.packed`), and have a picture of their ratios.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from softprune.bench.gpu.session import row_files
 from softprune.bench.headline import record
 from softprune.bench.intervals import ENOUGH, ratio
 from softprune.bench.packed import packed
-from softprune.bench.report_read import setting_of
-from softprune.bench.report_rows import Setting
+from softprune.bench.report_read import read_rows, setting_of
+from softprune.bench.report_rows import Setting, by_setting
 from softprune.errors import InputError
 from softprune.files import write_whole
 
@@ -79,7 +79,7 @@ def write_figures(raw: Path, results: Path) -> list[str]:
         ratios = compared(rows)
         name = f"{engine}_decode_gpu.json"
         _write(results / name, packed(rows, f"softprune.bench.gpu {engine}", ratios))
-        written += [name, *_decode_headlines(engine, ratios, results, name)]
+        written += [name, _picture(results / name), *_decode_headlines(engine, ratios, results, name)]
     if searches := by_format["max-batch"]:
         name = "sglang_max_batch_gpu.json"
         memory = [one for one in documents if one["format"] == "softprune.gpu-memory"]
@@ -88,6 +88,16 @@ def write_figures(raw: Path, results: Path) -> list[str]:
     if (size := sum(path.stat().st_size for path in results.iterdir())) > MOST_BYTES:
         raise InputError(str(results), "size", f"{size:,} bytes", f"at most {MOST_BYTES:,}")
     return written
+
+
+def _picture(decode: Path) -> str:
+    """Draw the ratios of the setting that has the most batch sizes; the picture's name."""
+    from softprune.bench.report_plot import plot_ratios
+
+    settings = by_setting(read_rows([decode]).compared)
+    path = decode.with_name(decode.name.replace("_gpu.json", "_ratios.svg"))
+    plot_ratios(max(settings, key=lambda rows: len({one.batch for one in rows})), path)
+    return path.name
 
 
 def _check_alike(documents: Documents, raw: Path) -> None:

@@ -1,8 +1,8 @@
 """What is measured, as data: rows in order of importance, with the seconds that each is thought to take.
 
-Estimates follow from tokens per second: measured on H100 and H200 up to batch 64 (README), and guessed beyond; a run corrects them by what
-its own rows took. A phase is a set of servers that share the GPU: three at once with little KV, two with room for long answers of large
-batches, so that 80 GB are enough. Each phase has its own unmasked rows, so that every ratio is of servers that ran side by side.
+Estimates follow from tokens per second: measured on H100 and H200 up to batch 64 (docs/proof.md), and guessed beyond; a run corrects them
+by what its own rows took. A phase is a set of servers that share the GPU: three at once with little KV, two with room for long answers of
+large batches, so that 80 GB are enough. Each phase has its own unmasked rows, so that every ratio is of servers that ran side by side.
 """
 
 from __future__ import annotations

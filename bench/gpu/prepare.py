@@ -25,7 +25,7 @@ SEEDS = {24: 1, 16: 6}
 """Of the masks, by experts kept; those of tests/gpu."""
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 SYNTH_S, REWRITE_S = 50.0, 15.0
-"""Estimates: 35 s and 10 s were measured (README), on 2 cores."""
+"""Estimates: 35 s and 10 s were measured (docs/rewriting.md, docs/proof.md), on 2 cores."""
 
 
 def masks_for(work: Path) -> dict[int, ExpertMask]:

@@ -378,8 +378,8 @@ def test_figures(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyP
         document["settings"]["max_new_tokens"] = 2048 if "bs2" in path.name else 16
         path.write_text(json.dumps(document))
     names = write_figures(raw, results)
-    assert names[0] == "vllm_decode_gpu.json"
-    assert set(names[1:]) == {
+    assert names[:2] == ["vllm_decode_gpu.json", "vllm_decode_ratios.svg"]
+    assert set(names[2:]) == {
         "vllm.decode.keep24_over_unmasked.bs2", "vllm.decode.keep24_rewritten_over_unmasked.bs2",
         "vllm.decode.keep24_masked_over_rewritten.bs2",
     }  # fmt: skip

@@ -1,7 +1,8 @@
-"""README says what headline.json says, and every figure there is shown; a block that says nothing true is refused."""
+"""README and docs say what headline.json says, and every figure there is shown; a block that says nothing true is refused."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from softprune.bench import headline
 from softprune.bench.headline import Figure
 from softprune.bench.readme_figures import TABLES, Table, filled, shown
+from softprune.bench.report import pages
 from softprune.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
+PAGES = pages(ROOT / "README.md")
 AGAIN = "run `python -m softprune.bench.report --readme README.md`"
 
 
@@ -19,14 +22,30 @@ def figure(value: float, unit: str = "ratio") -> Figure:
     return {"value": value, "unit": unit, "raw": "a.json", "date": "2025-01-31"}
 
 
-def test_readme_is_what_the_figures_give() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert filled(readme, headline.read(ROOT / "bench/results/headline.json")) == readme, AGAIN
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_what_the_figures_give(page: Path) -> None:
+    text = page.read_text()
+    assert filled(text, headline.read(ROOT / "bench/results/headline.json")) == text, AGAIN
 
 
 def test_every_figure_is_shown() -> None:
-    missing = sorted(set(headline.read(ROOT / "bench/results/headline.json")) - set(shown((ROOT / "README.md").read_text())))
-    assert not missing, f"README shows {missing} nowhere: put a block <!-- headline:NAME --> there, and {AGAIN}"
+    every = {name for page in PAGES for name in shown(page.read_text())}
+    missing = sorted(set(headline.read(ROOT / "bench/results/headline.json")) - every)
+    assert not missing, f"no page shows {missing}: put a block <!-- headline:NAME --> into one, and {AGAIN}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """To files that are there, and headings in them, by GitHub's names."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"(?m)^#+ (.*)$", file.read_text())
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
 def test_tables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,9 @@ from softprune.bench.decode import measure
 from softprune.bench.packed import packed, unpacked
 from softprune.bench.prompts import Workload
 from softprune.bench.report import write_report
+from softprune.bench.report_plot import plot_ratios
 from softprune.bench.report_read import read_rows
+from softprune.bench.report_rows import Compared, Setting
 from softprune.cli import app
 from softprune.errors import InputError
 from tests.unit.fake_server import Behaviour, FakeServer
@@ -199,6 +201,20 @@ def test_same_rows_same_bytes_and_small_pictures(tmp_path: Path) -> None:
     picture = found[0]["tok_s_1.svg"].decode()
     assert all(text in picture for text in ("tokens / s", "batch (requests at once)", "keep 18, top_k 4", "256 + 512 tokens"))
     assert not re.search(r"\d{4}-\d\d-\d\d", picture)
+
+
+def test_ratios_at_several_batch_sizes_are_curves(tmp_path: Path) -> None:
+    """A panel for each divisor, the one with most ratios first; of one or two sizes, rows."""
+    setting = Setting("SGLang 1", "G", 256, 512, False)
+    found = [Compared(setting, "rewritten", "masked", batch, 3, 1.0, 0.9, 1.1, "") for batch in (1, 8)]
+    plot_ratios(found, tmp_path / "rows.svg")
+    assert "masked / rewritten, batch 8" in (tmp_path / "rows.svg").read_text()
+    found += [Compared(setting, "unmasked", b, batch, 1, 1.2, None, None, "") for batch in (1, 8, 64) for b in ("masked", "top2")]
+    plot_ratios(found, tmp_path / "curves.svg")
+    picture = (tmp_path / "curves.svg").read_text()
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
+    assert [text for text in texts if text in ("unmasked", "rewritten")] == ["unmasked", "rewritten"]
+    assert [texts.count(text) for text in ("masked", "top2", "batch (requests at once)")] == [2, 1, 1]
 
 
 def test_packed_documents_come_back(tmp_path: Path) -> None:
