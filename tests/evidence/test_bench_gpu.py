@@ -84,7 +84,7 @@ def test_from_a_kill_to_the_figures(tmp_path: Path, evidence: Evidence) -> None:
         [sys.executable, "-m", "softprune.bench.gpu", "figures", str(out), "--results", str(results)], check=True, capture_output=True,
         text=True, env=os.environ,
     )  # fmt: skip
-    assert made.stdout.splitlines() == ["vllm_decode_gpu.json"]  # answers of 24 tokens are no headlines
+    assert made.stdout.splitlines() == ["vllm_decode_gpu.json", "vllm_decode_ratios.svg"]  # answers of 24 tokens are no headlines
     assert not (results / "headline.json").exists()
     text = write_report([results / "vllm_decode_gpu.json"], tmp_path / "report")
     assert text.count("| base | keep24 | 2 |") == 1
