@@ -37,7 +37,7 @@ FLAGS = (
         "--expert-mask-state", "expert_mask_state",
         "File that keeps the mask that was put live across restarts; where it exists, it decides and not --expert-mask.", ("FILE", str),
     ),
-    Flag("--softprune-control", "control", "Serve softprune's control API, so that masks can be put live; implied by the flags above."),
+    Flag("--softprune-control", "control", "Serve softprune's control API, so that masks can be put live; the other flags imply it."),
     Flag("--softprune-debug-routes", "debug_routes", "Count what every router selects (GET /softprune/v1/routes); eager mode only."),
     Flag(
         "--softprune-stats", "stats",

@@ -137,7 +137,8 @@ class Steps:
         """
         seams.check(seams.SCORES)
         if not isinstance(runner, seams.owner(seams.SAMPLE)):
-            raise RefusedError(f"--softprune-stats eaft: found the model runner {type(runner).__name__}; expected V1's")
+            found = f"the model runner {type(runner).__module__}.{type(runner).__name__}"
+            raise RefusedError(f"--softprune-stats eaft: found {found}; expected V1's, which VLLM_USE_V2_MODEL_RUNNER=0 chooses")
         runner._sample = self._drawing(runner._sample)
         runner._get_prompt_logprobs_dict = self._giving(runner._get_prompt_logprobs_dict, runner)
 

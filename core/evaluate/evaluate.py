@@ -109,9 +109,12 @@ class Evaluating:
         """Begin, or go on.
 
         Raises:
-            EvaluationFileError: what lies beside the output is of another evaluation, or the server gives other scores than it did.
+            EvaluationFileError: what lies beside the output is of another evaluation, or the server gives other scores than it did; or the
+                output is a file that is no evaluation, which is not written over.
             ServerCallError, EvaluationError: a block that was scored cannot be scored again.
         """
+        if self._out.exists():
+            evaluation.read(self._out)
         self.store = ScoreStore(self._out, self._asked, self._kept)
         try:
             self._check_scores()

@@ -87,7 +87,9 @@ class EaftReap(FromStatistics):
         # Every layer saw the same tokens, top_k experts each; tags weigh as if their tokens had been given that often.
         tokens = np.einsum("p,pexy->xy", tags.of(statistics), count[:, 0].astype(np.float64)) / top_k
         if not tokens.any():
-            raise RankError(statistics.source, "eaft.grid_count", f"no {self.kind} tokens in the tags that count", "some, to rank by")
+            other = next(kind for kind in KINDS if kind != self.kind)
+            expected = f"some, to rank by, or kind={other}"
+            raise RankError(statistics.source, "eaft.grid_count", f"no {self.kind} tokens in the tags that count", expected)
         p = Axis(np.array(eaft.grid.log10_p), tokens.sum(1))
         h = Axis(np.array(eaft.grid.entropy), tokens.sum(0))
         q_p = self.cc_quantile if self.p_lo is None else p.quantile(float(np.log10(self.p_lo)))

@@ -582,3 +582,13 @@ def test_a_recipe_is_run(start: Start, tmp_path: Path) -> None:
     recipe.write_text(json.dumps({**text, "collector_defaults": {"top_k": 4}}))
     code, output = cli(server, tmp_path / "x.json", "--recipe", recipe)
     assert (code, f"{server.url}: top_k: found 2; expected 4, as {recipe} says" in output) == (2, True)
+
+
+def test_a_file_that_is_no_evaluation_is_not_written_over(start: Start, packs: PackSet, tmp_path: Path) -> None:
+    mask = tmp_path / "keep24.json"
+    mask.write_text('{"format": "softprune.expert-mask"}')
+    server = start()
+    with pytest.raises(EvaluationFileError, match=r"keep24\.json"):
+        evaluate(client_of(server), packs, mask)
+    assert (mask.read_text(), server.engine.scored) == ('{"format": "softprune.expert-mask"}', [])
+    assert list(tmp_path.iterdir()) == [mask]
