@@ -81,10 +81,10 @@ class Plane:
         ]
         return found[0], found[1]
 
-    def coarse(self, cells: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        """Flat index of the cells' places on the plane of `COARSE` times fewer bins a side."""
+    def coarse(self, cells: NDArray[np.integer[Any]], by: int = COARSE) -> NDArray[np.int64]:
+        """Flat index of the cells' places on the plane of `by` times fewer bins a side."""
         ix, iy = np.divmod(np.asarray(cells, np.int64), self.ybins)
-        return np.asarray(ix // COARSE * -(-self.ybins // COARSE) + iy // COARSE, np.int64)
+        return np.asarray(ix // by * -(-self.ybins // by) + iy // by, np.int64)
 
 
 def quantile_bin(counts: NDArray[np.int64] | NDArray[np.float64], q: float) -> NDArray[np.int64]:

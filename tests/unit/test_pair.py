@@ -21,7 +21,7 @@ from softprune.evaluate.evaluation import of
 from softprune.evaluate.gate_result import GateResult
 from softprune.evaluate.gates import NEAR_LOSSLESS, read
 from softprune.evaluate.metrics import MetricSettings
-from softprune.evaluate.pair import MAX_BIAS, MIN_DENSITY, MIN_TOKENS, compare
+from softprune.evaluate.pair import FEW_TOKENS, MARGIN, MAX_BIAS, MIN_DENSITY, MIN_TOKENS, compare
 from softprune.evaluate.plane import confident_conflict
 from tests.unit.evaluations import Blocks, cell, document, of_the_study, scored
 
@@ -324,6 +324,21 @@ def test_few_tokens_or_few_blocks_never_pass(blocks: list[int], why: str) -> Non
         # A model against itself has the same tokens, and moves none.
         same = js2d_of(0.0, blocks, 100 * seed)
         assert same.verdict == ("PASS" if sum(blocks) >= MIN_TOKENS else "INCOMPLETE")
+
+
+def test_few_moved_tokens_pass_if_they_are_near_on_coarser_planes_too() -> None:
+    """Each of them in a cell of its own: the fine plane alone would hide a shift of all tokens."""
+    (row,) = js2d_of(0.01, [250] * 16).rows
+    check = row.checks[-1]
+    assert row.js2d.density is not None
+    assert (row.js2d.density < 1, row.js2d.raw > 0.02, row.passed) == (True, True, True)
+    assert check.note == "2 times the largest upper end of the corrected values of three planes; too few tokens for others"
+    assert check.value is not None
+    assert row.js2d.high is not None
+    assert row.coarse.high is not None
+    assert 0.02 >= check.value >= MARGIN * max(row.js2d.high, row.coarse.high)
+    assert js2d_of(0.01, [120] * 16).verdict == "INCOMPLETE", f"fewer than {FEW_TOKENS} tokens"
+    assert js2d_of(0.01, [250] * 16, max_js2d=check.value * 0.99).verdict == "INCOMPLETE", "twice, and not once, has to be within"
 
 
 def test_no_js2d_is_above_ln_2() -> None:
