@@ -28,8 +28,9 @@ from softprune.errors import RefusedError
 from softprune.mask import ExpertMask, MaskModel
 from softprune.runtime.expert_norms import Experts
 from softprune.runtime.router_stats import CONFIDENCE_BINS, RouterStats, TakenSums
-from softprune.runtime.sampled import Sampler, Settings
+from softprune.runtime.sampled import Sampler
 from softprune.runtime.sampled_sums import eaft_header
+from softprune.runtime.sampling import Settings
 from softprune.runtime.tags import Spans, Tags, completions_of
 from softprune.stats.collected import router_tensors
 from softprune.stats.file import Statistics, dump
@@ -312,7 +313,7 @@ class Collector:
             "shadow": bool(settings and settings.shadow), "attribution": settings.attribution if settings else None, "most": self._most,
             "collecting": self._running is not None, "tags": list(self.tags.names), "max_tags": self.tags.room,
             "masks": masks, "missed_tokens": self._missed, "lost_samples": self.sampler.lost if self.sampler else 0,
-            "reads_outputs": self.sampler.reads_outputs if self.sampler else None,
+            "reads_outputs": self.sampler.within.reads if self.sampler else None,
             "device_bytes": self.stats.num_bytes + (self.sampler.num_bytes if self.sampler else 0), "unhooked_layers": self.unseen,
         }  # fmt: skip
 

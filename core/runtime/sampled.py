@@ -2,8 +2,8 @@
 
 A sampled row waits in the slab until a few hundred are there; then, between two steps, the engine's experts are run on them, and their
 norms, gates and ids go to the host together with the tokens' scores. A step with more sampled rows than fit (a long prefill) has them
-measured within each layer instead: what the layer's own kernels made of them is read, or, where that cannot be, the experts are run on
-them again. The host adds up what arrived while the device goes on; it never waits for a step.
+measured within each layer instead (`softprune.runtime.within_steps`). The host adds up what arrived while the device goes on; it never
+waits for a step.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 from softprune.runtime.expert_norms import Experts, Routed, routed
-from softprune.runtime.gated_outputs import GatedOutputs
 from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS, SampleSlab
 from softprune.runtime.sampled_sums import SampledSums
-from softprune.runtime.sampling import Sampling
+from softprune.runtime.sampling import Sampling, Settings
 from softprune.runtime.token_records import Fetched, TokenRecords
 from softprune.runtime.token_scores import token_scores
+from softprune.runtime.within_steps import WithinSteps
 
 if TYPE_CHECKING:
     from softprune.runtime.collector import Span
@@ -33,32 +33,8 @@ TEACHER_FORCED, SAMPLED = 0, 1
 """Index of the kind axis."""
 _WAITING_TOKENS = 8192
 """Records from which on they are fetched."""
-_AGREEMENT = 0.05
-"""Largest relative difference of a norm that was read from one that was computed again; both round to BF16."""
 _REMEMBERED = 4096
 """Requests whose last record is remembered, for attribution to the token itself."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one collection samples.
-
-    Attributes:
-        mode: "router" (then only shadow counts are sampled), "reap" or "eaft".
-        sample: N of 1 token in N.
-        shadow: also count what the router would choose without a mask.
-        attribution: see `softprune.stats.header.Eaft`.
-    """
-
-    mode: str = "router"
-    sample: int = 16
-    shadow: bool = False
-    attribution: str = "predictor"
-
-    @property
-    def samples(self) -> bool:
-        """Whether any row is sampled at all."""
-        return self.mode != "router" or self.shadow
 
 
 @dataclass
@@ -119,8 +95,7 @@ class Sampler:
         unmasked: (layer, hidden) -> logits without a mask, for shadow counts.
         settings: None while nothing is collected.
         lost: sampled rows that could not be measured, and tokens without finite scores.
-        outputs: what experts made within a step, where it can be read.
-        reads_outputs: whether it can; known from `warm_up` on.
+        within: measures rows of long steps.
     """
 
     def __init__(
@@ -131,11 +106,10 @@ class Sampler:
         self.unmasked: Callable[[int, torch.Tensor], torch.Tensor] | None = None
         self.settings: Settings | None = None
         self.lost = 0
-        self._log = log
-        self.outputs, self.reads_outputs = GatedOutputs(log), False
         self._shape = num_tags, num_layers, num_experts, eaft
-        self._top_k, self._max_rows = top_k, max_rows
+        self._top_k = top_k
         self._slab = SampleSlab(num_layers, num_experts, hidden_size, device, dtype)
+        self.within = WithinSteps(self._slab, top_k, max_rows, log)
         self._records = TokenRecords(2 * max_rows + _WAITING_TOKENS, device)  # a row may be scored as given, not to count, and as drawn
         self._sums: dict[str | None, SampledSums] = {}
         self._sampling, self._starts = Sampling(1), 0
@@ -164,16 +138,11 @@ class Sampler:
     def warm_up(self) -> None:
         """Find out how rows are measured within steps, and capture what is done with a full slab, on a GPU.
 
-        Launched kernel by kernel, the engine's experts cost the host 2 ms a layer; and a kernel that is compiled while requests are served
-        holds them up for seconds.
+        Launched kernel by kernel, the engine's experts cost the host 2 ms a layer.
         """
         if not self._slab.hidden.is_cuda or self.experts is None or self._graph is not None:
             return
-        self.reads_outputs = self.outputs.watch() and all(self._agrees(self.experts, rows) for rows in self._long_steps())
-        how = "are read from the kernels" if self.reads_outputs else "take a second run of the experts, as these kernels show none"
-        self._log.info("softprune: norms in prefills of %d tokens and more %s", STEP_ROWS * Settings().sample, how)
-        if not self.reads_outputs:
-            self._compile_within(self.experts)
+        self.within.warm_up(self.experts)
         self._route_slab(SLAB_ROWS, self.experts, shadow=False)  # compiles
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # as capturing does
@@ -182,49 +151,6 @@ class Sampler:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._captured = self._route_slab(SLAB_ROWS, self.experts, shadow=False)
         self._graph, self._graph_bytes = graph, torch.cuda.memory_reserved() - before
-
-    def _long_steps(self) -> list[int]:
-        """Numbers of rows that compile what long steps need as no captured graph: kernels differ by tile and divisibility by 16."""
-        least = STEP_ROWS * Settings().sample
-        powers = [least << i for i in range(8)]
-        return [STEP_ROWS, *(rows + more for rows in powers for more in (1, 9) if rows + more <= self._max_rows)]
-
-    def _agrees(self, experts: Experts, number: int) -> bool:
-        """Whether outputs that are read of so many made-up rows have the norms that the experts give one at a time."""
-        generator = torch.Generator().manual_seed(0)
-        hidden, logits = (
-            torch.randn(number, kept.shape[-1], generator=generator).to(kept) for kept in (self._slab.hidden, self._slab.logits)
-        )
-        # As they are chosen in serving, the likeliest first: kernels that keep the order they are given do not agree.
-        chosen = routed(0, hidden, logits, self._top_k, None)
-        rows = torch.arange(0, number, max(1, number // STEP_ROWS), device=hidden.device)
-        expected = routed(0, hidden[rows], logits[rows], self._top_k, experts).ascending()
-        read: list[Routed] = []
-        self._read(rows, replace(expected, norms=None), read.append)
-        experts(0, hidden, chosen.ids.long(), chosen.gates)
-        self.outputs.forget()
-        return bool(read) and torch.allclose(read[0].norms, expected.norms, rtol=_AGREEMENT)  # type: ignore[arg-type]
-
-    def _read(self, rows: torch.Tensor, found: Routed, then: Callable[[Routed], None]) -> None:
-        """Once the next layer's experts have run, give `then` what these rows were routed to (experts ascending), with norms."""
-        width, dtype = self._slab.hidden.shape[-1], self._slab.logits.dtype
-
-        def measure(gated: torch.Tensor) -> None:
-            norms = torch.linalg.vector_norm(gated[..., :width], dim=-1, dtype=torch.float32)
-            if norms.shape != found.gates.shape:
-                raise ValueError(f"found outputs {list(gated.shape)}; expected {[*found.gates.shape, width]}")
-            # The kernels keep gates in the dtype of the logits.
-            then(replace(found, norms=norms / found.gates.to(dtype).float()))
-
-        self.outputs.ask(rows, measure)
-
-    def _compile_within(self, experts: Experts) -> None:
-        """For the numbers of rows that steps come with at the default sampling."""
-        rows = 2 * STEP_ROWS
-        while rows <= self._max_rows // Settings().sample + STEP_ROWS:
-            hidden, logits = (kept[0, :1].expand(rows, -1).contiguous() for kept in (self._slab.hidden, self._slab.logits))
-            routed(0, hidden, logits, self._top_k, experts)
-            rows *= 2
 
     @property
     def measures_within(self) -> bool:
@@ -283,12 +209,7 @@ class Sampler:
             self._send()
         self._inline = None
         if within:
-            # Kernels are compiled anew for numbers of rows that are no multiples of 16: the last row stands in for some more.
-            more = 0 if self.reads_outputs else -len(found) % STEP_ROWS
-            described = torch.from_numpy(np.pad(found, (0, more), mode="edge"))
-            if self._slab.hidden.is_cuda:
-                described = described.pin_memory()
-            self._inline = described.to(self._slab.hidden.device, non_blocking=True)
+            self._inline = self.within.placed(found)
         self._slab.describe(found[:0] if within else found)
         self._step = _Step(found, {} if within else None)
         self._under_way = True
@@ -309,22 +230,9 @@ class Sampler:
             copy_to.copy_(logits[: len(copy_to)])
         step = self._step
         if self._under_way and step is not None and self._inline is not None and step.layers is not None:
-            self._measure_within(step.layers, layer, hidden, logits, self._inline)
-
-    def _measure_within(
-        self, layers: dict[int, Routed], layer: int, hidden: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor
-    ) -> None:  # fmt: skip
-        settings, inputs = self.settings, hidden[rows, : self._slab.hidden.shape[-1]]
-        assert settings is not None
-        experts = self.experts if settings.mode != "router" else None
-        reads = self.reads_outputs and experts is not None
-        found = routed(layer, inputs, logits[rows], self._top_k, None if reads else experts)
-        if settings.shadow:
-            found = replace(found, shadow=self._shadow(layer, inputs))
-        if reads:
-            self._read(rows, found.ascending(), functools.partial(layers.__setitem__, layer))
-        else:
-            layers[layer] = found
+            assert self.settings is not None
+            experts, shadow = self.experts if self.settings.mode != "router" else None, self._shadow if self.settings.shadow else None
+            self.within.measure(step.layers, layer, hidden, logits, self._inline, experts, shadow)
 
     def _keeps(self, hidden: torch.Tensor) -> bool:
         """Whether a layer's rows go into the slab: in a captured graph always, since it cannot know what a step will sample."""
@@ -344,7 +252,7 @@ class Sampler:
     def launched(self) -> None:
         """The step has been launched: its layers have been given their inputs."""
         self._inline, self._under_way = None, False
-        self.outputs.forget()
+        self.within.outputs.forget()
 
     def drawn(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
         """The step's next tokens.
@@ -400,7 +308,7 @@ class Sampler:
     def _end_step(self) -> None:
         """All that is to be known of the last step is known."""
         step, self._step, self._inline, self._under_way = self._step, None, None, False
-        self.outputs.forget()
+        self.within.outputs.forget()
         if step is None:
             return
         rows = self._rows_of(step)
@@ -413,10 +321,7 @@ class Sampler:
             self._measured.append((found.first(len(step.rows)), rows))
         elif step.spans is not None:  # else they are lost already
             self.lost += len(step.rows)  # a captured graph ran, or outputs could not be read
-            if self.reads_outputs:
-                self.reads_outputs = False
-                seen = f"{len(step.layers)} of {self._shape[1]} layers"
-                self._log.warning("softprune: read the outputs of %s; from now on, a second run of the experts gives their norms", seen)
+            self.within.missed(len(step.layers), self._shape[1])
         if self._measured:
             self._send()
 

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 _DRAWN_AT_ONCE = 256
 """Windows whose places are drawn together."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one collection samples.
+
+    Attributes:
+        mode: "router" (then only shadow counts are sampled), "reap" or "eaft".
+        sample: N of 1 token in N.
+        shadow: also count what the router would choose without a mask.
+        attribution: see `softprune.stats.header.Eaft`.
+    """
+
+    mode: str = "router"
+    sample: int = 16
+    shadow: bool = False
+    attribution: str = "predictor"
+
+    @property
+    def samples(self) -> bool:
+        """Whether any row is sampled at all."""
+        return self.mode != "router" or self.shadow
 
 
 class Sampling:

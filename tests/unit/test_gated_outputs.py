@@ -97,13 +97,13 @@ def by_kernels(kernels: Any, order: Callable[[torch.Tensor], torch.Tensor]) -> A
 
 @pytest.mark.parametrize("number", [STEP_ROWS, 16 * STEP_ROWS + 9])
 def test_only_what_agrees_is_read(number: int, kernels: Any) -> None:
-    sampler = SampledEngine("reap").sampler
-    assert sampler.outputs.watch()
-    assert sampler._agrees(by_kernels(kernels, lambda ids: ids.argsort(-1)), number)
-    assert not sampler._agrees(by_kernels(kernels, lambda ids: ids.argsort(-1, descending=True)), number)
+    within = SampledEngine("reap").sampler.within
+    assert within.outputs.watch()
+    assert within.agrees(by_kernels(kernels, lambda ids: ids.argsort(-1)), number)
+    assert not within.agrees(by_kernels(kernels, lambda ids: ids.argsort(-1, descending=True)), number)
     # Kernels that are given the selection keep its order.
-    assert not sampler._agrees(by_kernels(kernels, lambda ids: torch.arange(ids.shape[1]).expand_as(ids)), number)
-    assert not sampler._agrees(lambda layer, hidden, ids, gates: hidden.float(), number)  # which no such kernel adds up
+    assert not within.agrees(by_kernels(kernels, lambda ids: torch.arange(ids.shape[1]).expand_as(ids)), number)
+    assert not within.agrees(lambda layer, hidden, ids, gates: hidden.float(), number)  # which no such kernel adds up
 
 
 def test_long_steps_are_compiled_for_and_no_longer_ones_than_come() -> None:
@@ -111,9 +111,9 @@ def test_long_steps_are_compiled_for_and_no_longer_ones_than_come() -> None:
     for max_rows, expected in ((8192, [64, 1025, 1033, 2049, 2057, 4097, 4105]), (1024, [64])):
         sampler = model.add_collector(max_rows, "vLLM 0.32.0").sampler
         assert sampler is not None
-        assert sampler._long_steps() == expected
+        assert sampler.within.long_steps() == expected
         seen: list[int] = []
-        sampler._compile_within(lambda layer, hidden, ids, gates, seen=seen: seen.append(len(ids) // TOP_K) or hidden.float())
+        sampler.within.compile_again(lambda layer, hidden, ids, gates, seen=seen: seen.append(len(ids) // TOP_K) or hidden.float())
         assert seen == ([128, 256, 512] if max_rows == 8192 else [128])
 
 
@@ -123,9 +123,9 @@ def test_what_is_read_gives_the_sums_of_what_is_computed_again(shadow: bool, ker
     files = []
     for reads in (True, False):
         engine = SampledEngine(shadow=shadow)
-        engine.sampler.reads_outputs = reads
+        engine.sampler.within.reads = reads
         if reads:
-            assert engine.sampler.outputs.watch()
+            assert engine.sampler.within.outputs.watch()
             engine.adds_up = lambda gated: add_up(kernels, gated)
         engine.start()
         long = Request("long", 0, 4 * STEP_ROWS, asked=True)
@@ -147,7 +147,7 @@ def test_a_step_whose_outputs_were_not_seen_is_lost_and_the_next_is_computed_aga
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
     engine = SampledEngine("reap")
-    engine.sampler.reads_outputs = True
+    engine.sampler.within.reads = True
     engine.start()
     engine.step((Request("failed", 0, 2 * STEP_ROWS), 0, 2 * STEP_ROWS), fails=True)
     engine.step((Request("a", 0, 2 * STEP_ROWS), 0, 2 * STEP_ROWS))

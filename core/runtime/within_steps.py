@@ -1,0 +1,132 @@
+"""Sampled rows that are measured within their layers: those of steps with more of them than fit into the slab, such as long prefills.
+
+What the layer's own kernels made of the rows is read; where that cannot be, the experts are run on them again.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from softprune.runtime.expert_norms import Experts, Routed, routed
+from softprune.runtime.gated_outputs import GatedOutputs
+from softprune.runtime.sample_slab import STEP_ROWS, SampleSlab
+from softprune.runtime.sampling import Settings
+
+_AGREEMENT = 0.05
+"""Largest relative difference of a norm that was read from one that was computed again; both round to BF16."""
+
+
+class WithinSteps:
+    """Measures rows within the layers of a step.
+
+    Args:
+        slab: whose rows these are like: [layers, rows, hidden_size] inputs, [layers, rows, num_experts] logits.
+        top_k: experts per token.
+        max_rows: tokens in a step at most.
+        log: the engine's.
+
+    Attributes:
+        outputs: what experts made within a step, where it can be read.
+        reads: whether it can; known from `warm_up` on.
+    """
+
+    def __init__(self, slab: SampleSlab, top_k: int, max_rows: int, log: logging.Logger) -> None:
+        self.outputs, self.reads = GatedOutputs(log), False
+        self._hidden, self._logits = slab.hidden, slab.logits
+        self._top_k, self._max_rows, self._log = top_k, max_rows, log
+
+    def warm_up(self, experts: Experts) -> None:
+        """Find out whether outputs can be read, and compile what steps need: a kernel that is compiled in serving holds up for seconds."""
+        self.reads = self.outputs.watch() and all(self.agrees(experts, rows) for rows in self.long_steps())
+        how = "are read from the kernels" if self.reads else "take a second run of the experts, as these kernels show none"
+        self._log.info("softprune: norms in prefills of %d tokens and more %s", STEP_ROWS * Settings().sample, how)
+        if not self.reads:
+            self.compile_again(experts)
+
+    def long_steps(self) -> list[int]:
+        """Numbers of rows that compile what long steps need as no captured graph: kernels differ by tile and divisibility by 16."""
+        least = STEP_ROWS * Settings().sample
+        powers = [least << i for i in range(8)]
+        return [STEP_ROWS, *(rows + more for rows in powers for more in (1, 9) if rows + more <= self._max_rows)]
+
+    def compile_again(self, experts: Experts) -> None:
+        """Run the experts on the numbers of rows that steps come with at the default sampling."""
+        rows = 2 * STEP_ROWS
+        while rows <= self._max_rows // Settings().sample + STEP_ROWS:
+            hidden, logits = (kept[0, :1].expand(rows, -1).contiguous() for kept in (self._hidden, self._logits))
+            routed(0, hidden, logits, self._top_k, experts)
+            rows *= 2
+
+    def agrees(self, experts: Experts, number: int) -> bool:
+        """Whether outputs that are read of so many made-up rows have the norms that the experts give one at a time."""
+        generator = torch.Generator().manual_seed(0)
+        hidden, logits = (torch.randn(number, kept.shape[-1], generator=generator).to(kept) for kept in (self._hidden, self._logits))
+        # As they are chosen in serving, the likeliest first: kernels that keep the order they are given do not agree.
+        chosen = routed(0, hidden, logits, self._top_k, None)
+        rows = torch.arange(0, number, max(1, number // STEP_ROWS), device=hidden.device)
+        expected = routed(0, hidden[rows], logits[rows], self._top_k, experts).ascending()
+        read: list[Routed] = []
+        self._read(rows, replace(expected, norms=None), read.append)
+        experts(0, hidden, chosen.ids.long(), chosen.gates)
+        self.outputs.forget()
+        return bool(read) and torch.allclose(read[0].norms, expected.norms, rtol=_AGREEMENT)  # type: ignore[arg-type]
+
+    def placed(self, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Rows of a step on the device, without waiting for it: int64 [n], some more where the experts are run on them again."""
+        # Kernels are compiled anew for numbers of rows that are no multiples of 16: the last row stands in for some more.
+        more = 0 if self.reads else -len(rows) % STEP_ROWS
+        described = torch.from_numpy(np.pad(rows, (0, more), mode="edge"))
+        if self._hidden.is_cuda:
+            described = described.pin_memory()
+        return described.to(self._hidden.device, non_blocking=True)
+
+    def measure(
+        self, layers: dict[int, Routed], layer: int, hidden: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor,
+        experts: Experts | None, shadow: Callable[[int, torch.Tensor], torch.Tensor] | None,
+    ) -> None:  # fmt: skip
+        """Measure what a layer is about to make of its rows.
+
+        Args:
+            layers: where the layer's will be, now or once its experts have run.
+            layer: position among the MoE layers.
+            hidden: [rows of the step, at least hidden_size], its input.
+            logits: [rows of the step, num_experts], of its router.
+            rows: as `placed`.
+            experts: the engine's; None leaves norms out.
+            shadow: (layer, hidden) -> int16 [n, top_k], what the router would choose without a mask; None leaves it out.
+        """
+        inputs, reads = hidden[rows, : self._hidden.shape[-1]], self.reads and experts is not None
+        found = routed(layer, inputs, logits[rows], self._top_k, None if reads else experts)
+        if shadow is not None:
+            found = replace(found, shadow=shadow(layer, inputs))
+        if reads:
+            self._read(rows, found.ascending(), functools.partial(layers.__setitem__, layer))
+        else:
+            layers[layer] = found
+
+    def missed(self, seen: int, num_layers: int) -> None:
+        """A step ended of which so many layers were measured: outputs are not read any more."""
+        if self.reads:
+            self.reads = False
+            text = "softprune: read the outputs of %d of %d layers; from now on, a second run of the experts gives their norms"
+            self._log.warning(text, seen, num_layers)
+
+    def _read(self, rows: torch.Tensor, found: Routed, then: Callable[[Routed], None]) -> None:
+        """Once the next layer's experts have run, give `then` what these rows were routed to (experts ascending), with norms."""
+        width, dtype = self._hidden.shape[-1], self._logits.dtype
+
+        def measure(gated: torch.Tensor) -> None:
+            norms = torch.linalg.vector_norm(gated[..., :width], dim=-1, dtype=torch.float32)
+            if norms.shape != found.gates.shape:
+                raise ValueError(f"found outputs {list(gated.shape)}; expected {[*found.gates.shape, width]}")
+            # The kernels keep gates in the dtype of the logits.
+            then(replace(found, norms=norms / found.gates.to(dtype).float()))
+
+        self.outputs.ask(rows, measure)
