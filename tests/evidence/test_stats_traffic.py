@@ -22,7 +22,7 @@ from softprune.stats.summary import complete
 from tests.conftest import Evidence, random_mask
 from tests.engines.harness import VllmServer
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 TAGS = ("chat", "code")
 CONCURRENCY = 32
 """Requests at once under each tag: 64 together."""
@@ -62,7 +62,7 @@ def test_serving_benchmark_across_a_switch(models: dict[str, Path], tmp_path: Pa
         try:
             at_once, switched = _switch_under_way(server, client, running, mask)
             for one in running:
-                one.wait(300)
+                one.wait(600)
         finally:
             for one in running:
                 one.kill()
@@ -101,7 +101,7 @@ def test_serving_benchmark_across_a_switch(models: dict[str, Path], tmp_path: Pa
 
 def _switch_under_way(server: VllmServer, client: ServerClient, running: list[Any], mask: Any) -> tuple[int, int]:
     """Put the mask in force when a third of the answers' tokens are there and both tags' requests are running; (requests, tokens) then."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         tokens = [count["decode"] for one in client.status()["statistics"]["masks"] for count in one["tokens"].values()]
         at_once = int(server.metric("vllm:num_requests_running"))
