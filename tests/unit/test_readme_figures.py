@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -32,20 +31,6 @@ def test_every_figure_is_shown() -> None:
     every = {name for page in PAGES for name in shown(page.read_text())}
     missing = sorted(set(headline.read(ROOT / "bench/results/headline.json")) - every)
     assert not missing, f"no page shows {missing}: put a block <!-- headline:NAME --> into one, and {AGAIN}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    """To files that are there, and headings in them, by GitHub's names."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if target.startswith(("http://", "https://")):
-            continue
-        name, _, anchor = target.partition("#")
-        file = (page.parent / name).resolve() if name else page
-        assert file.exists(), target
-        if anchor:
-            headings = re.findall(r"(?m)^#+ (.*)$", file.read_text())
-            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
 def test_tables(monkeypatch: pytest.MonkeyPatch) -> None:
