@@ -161,7 +161,7 @@ def _judged(planes: Sequence[Js2d], enough: bool, tokens: int, limit: float) -> 
     With fewer, a candidate that is near enough passes all the same. What thin cells hide is seen on coarser planes, whose JS2D is no more
     than the plane's own (data-processing inequality) and whose cells are full sooner; what only the fine plane shows is hidden there. In
     simulations with a known truth (tests/evidence/test_js2d_density.py), it was at most 1.52 times the largest upper end of the three,
-    with 2,000 to 64,000 tokens, and 1.96 times with 500.
+    with 2,000 to 64,000 tokens, and 1.96 times with 500. And one that is far fails, since what is hidden only adds to what is seen.
     """
     js2d = planes[0]
     if enough and tokens >= MIN_TOKENS:
@@ -176,6 +176,9 @@ def _judged(planes: Sequence[Js2d], enough: bool, tokens: int, limit: float) -> 
         bound = MARGIN * max(one.high for one in planes if one.high is not None)
         if tokens >= FEW_TOKENS and bound <= limit:
             return bound, f"{MARGIN:g} times the largest upper end of the corrected values of three planes; too few tokens for others"
+        least = max(one.low for one in planes if one.low is not None)
+        if tokens >= FEW_TOKENS and least > limit:
+            return least, "largest lower end of the corrected values of three planes, which more tokens would only raise"
         return None, f"{TOO_FEW}: {density:.1f} of {tokens:,} moved for each cell that one left or entered; {MIN_DENSITY:g} at least"
     return js2d.high, "upper end of the corrected value; too few tokens for the raw one"
 

@@ -311,7 +311,7 @@ def js2d_of(shift: float, blocks: list[int], seed: int = 0, **limits: float) -> 
     [
         ([40_000, *[0] * 15], r"blocks that are worth 1\.0 of"), ([1000, 1000, *[0] * 14], r"blocks that are worth 2\.0 of"),
         ([8000, *[2] * 15], r"blocks that are worth 1\.0 of one size; 8 at least"),
-        ([31] * 16, "moved for each cell"), ([62] * 16, "moved"), ([94] * 16, "moved"), ([250] * 16, "moved"),
+        ([31] * 16, "moved for each cell"), ([62] * 16, "moved"), ([94] * 16, "moved"), ([120] * 16, "moved"),
         ([12] * 16, f"too few tokens for JS2D: 192; {MIN_TOKENS} at least"),
     ],
 )  # fmt: skip
@@ -338,6 +338,12 @@ def test_few_moved_tokens_pass_if_they_are_near_on_coarser_planes_too() -> None:
     assert row.coarse.high is not None
     assert 0.02 >= check.value >= MARGIN * max(row.js2d.high, row.coarse.high)
     assert js2d_of(0.01, [120] * 16).verdict == "INCOMPLETE", f"fewer than {FEW_TOKENS} tokens"
+    far = js2d_of(2.0, [250] * 16)
+    (check,) = (one for one in far.rows[0].checks if one.metric == "js2d")
+    assert (far.verdict, check.note.split(" of")[0]) == ("FAIL", "largest lower end")
+    assert check.value is not None
+    assert 0.02 < check.value < 0.15  # the truth is 0.1
+    assert js2d_of(0.5, [250] * 16).verdict == "INCOMPLETE", "neither near nor far"
     assert js2d_of(0.01, [250] * 16, max_js2d=check.value * 0.99).verdict == "INCOMPLETE", "twice, and not once, has to be within"
 
 
