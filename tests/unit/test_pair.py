@@ -338,13 +338,18 @@ def test_few_moved_tokens_pass_if_they_are_near_on_coarser_planes_too() -> None:
     assert row.coarse.high is not None
     assert 0.02 >= check.value >= MARGIN * max(row.js2d.high, row.coarse.high)
     assert js2d_of(0.01, [120] * 16).verdict == "INCOMPLETE", f"fewer than {FEW_TOKENS} tokens"
-    far = js2d_of(2.0, [250] * 16)
-    (check,) = (one for one in far.rows[0].checks if one.metric == "js2d")
-    assert (far.verdict, check.note.split(" of")[0]) == ("FAIL", "largest lower end")
+    assert js2d_of(0.01, [250] * 16, max_js2d=check.value * 0.99).verdict == "INCOMPLETE", "twice, and not once, has to be within"
+
+
+def test_few_moved_tokens_fail_if_they_show_too_much() -> None:
+    """What is hidden only adds to what is seen."""
+    result = js2d_of(2.0, [250] * 16)
+    (check,) = (one for one in result.rows[0].checks if one.metric == "js2d")
+    assert (result.verdict, check.note.split(" of")[0]) == ("FAIL", "largest lower end")
     assert check.value is not None
     assert 0.02 < check.value < 0.15  # the truth is 0.1
     assert js2d_of(0.5, [250] * 16).verdict == "INCOMPLETE", "neither near nor far"
-    assert js2d_of(0.01, [250] * 16, max_js2d=check.value * 0.99).verdict == "INCOMPLETE", "twice, and not once, has to be within"
+    assert js2d_of(2.0, [120] * 16).verdict == "INCOMPLETE", f"fewer than {FEW_TOKENS} tokens"
 
 
 def test_no_js2d_is_above_ln_2() -> None:
