@@ -178,7 +178,7 @@ def vllm() -> tuple[Phase, ...]:
 
 def tiny() -> tuple[Phase, ...]:
     """A small one for the small model on a CPU, to try the scripts."""
-    few = rounds("tiny", "few", ("unmasked", "keep24", "keep24_rewritten"), 2, 24, repeats=3, prompt_tokens=32)
+    few = rounds("tiny", "few", ("unmasked", "keep24", "keep24_rewritten"), 2, 96, repeats=3, prompt_tokens=32)
     top_k = rounds("tiny", "top_k", ("top2", "keep24_top2"), 4, 16, prompt_tokens=32)
     return Phase("few", 4_096, 8, 60, few), Phase("top_k", 4_096, 8, 45, top_k)
 

@@ -77,14 +77,14 @@ def test_from_a_kill_to_the_figures(tmp_path: Path, evidence: Evidence) -> None:
         assert (served is None) == (not VARIANTS[row.variant].server.is_patched)
         assert served is None or served["num_kept"] == (None if keep is None else [keep] * 4)
         (request, _) = document["results"][0]["repeats"][0]["streams"]
-        assert (request["prompt_tokens"], request["completion_tokens"]) == (32, 24)
+        assert (request["prompt_tokens"], request["completion_tokens"]) == (32, 96)
     results = tmp_path / "results"
     results.mkdir()
     made = subprocess.run(
         [sys.executable, "-m", "softprune.bench.gpu", "figures", str(out), "--results", str(results)], check=True, capture_output=True,
         text=True, env=os.environ,
     )  # fmt: skip
-    assert made.stdout.splitlines() == ["vllm_decode_gpu.json", "vllm_decode_ratios.svg"]  # answers of 24 tokens are no headlines
+    assert made.stdout.splitlines() == ["vllm_decode_gpu.json", "vllm_decode_ratios.svg"]  # answers of 96 tokens are no headlines
     assert not (results / "headline.json").exists()
     text = write_report([results / "vllm_decode_gpu.json"], tmp_path / "report")
     assert text.count("| base | keep24 | 2 |") == 1

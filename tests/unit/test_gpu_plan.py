@@ -225,23 +225,23 @@ def run(server: FakeServer, folder: Path, limit_s: float, phases: tuple[Phase, .
 
 def test_rows_are_kept_and_not_measured_again(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes = Fakes(monkeypatch, server)
-    assert run(server, tmp_path, 600, only=["keep24.bs2.new24.r1"]).run() == []
+    assert run(server, tmp_path, 600, only=["keep24.bs2.new96.r1"]).run() == []
     assert fakes.boots == [["base"]]
-    before = (tmp_path / "out" / "keep24.bs2.new24.r1.json").read_bytes()
+    before = (tmp_path / "out" / "keep24.bs2.new96.r1.json").read_bytes()
     assert run(server, tmp_path, 600).run() == []
     assert fakes.boots[1:] == [["base", "rewritten24"], ["top2"]]
     assert fakes.puts == [24, None, 24, None, None, 24, None, 24]
-    assert (tmp_path / "out" / "keep24.bs2.new24.r1.json").read_bytes() == before
+    assert (tmp_path / "out" / "keep24.bs2.new96.r1.json").read_bytes() == before
     document = json.loads(before)
     assert document["notes"]["variant"] == "keep24"
-    assert document["settings"]["max_new_tokens"] == 24
+    assert document["settings"]["max_new_tokens"] == 96
     assert document["results"][0]["batch"] == 2
     assert len(list((tmp_path / "out").iterdir())) == sum(len(phase.rows) for phase in PHASES) + len(["run.json"])
     monkeypatch.setattr(matrix, "facts_of", lambda *_: {**FACTS, "gpu": "H"})
-    (tmp_path / "out" / "keep24.bs2.new24.r2.json").unlink()
+    (tmp_path / "out" / "keep24.bs2.new96.r2.json").unlink()
     with pytest.raises(InputError, match="gpu: found 'G'; expected 'H'"):
         run(server, tmp_path, 600).run()
-    (tmp_path / "out" / "keep24.bs2.new24.r2.json").write_bytes(before)
+    (tmp_path / "out" / "keep24.bs2.new96.r2.json").write_bytes(before)
     assert run(server, tmp_path, 600).run() == []
     assert len(fakes.boots) == 3
 
@@ -272,14 +272,14 @@ def test_a_server_that_is_not_up_leaves_its_rows(server: FakeServer, tmp_path: P
 
 def test_failed_rows_are_told_and_stay_left(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Fakes(monkeypatch, server)
-    one = run(server, tmp_path, 600, only=["unmasked.bs2.new24.r1"])
+    one = run(server, tmp_path, 600, only=["unmasked.bs2.new96.r1"])
     server.behave(Behaviour("vllm", 0.02, 0.01, fault="short", faulty=2))
-    assert [row.name for row in one.run()] == ["unmasked.bs2.new24.r1"]
-    assert "LengthError" in (tmp_path / "out" / "unmasked.bs2.new24.r1.error").read_text()
-    two = run(server, tmp_path, 600, only=["unmasked.bs2.new24.r1"])
+    assert [row.name for row in one.run()] == ["unmasked.bs2.new96.r1"]
+    assert "LengthError" in (tmp_path / "out" / "unmasked.bs2.new96.r1.error").read_text()
+    two = run(server, tmp_path, 600, only=["unmasked.bs2.new96.r1"])
     server.behave(Behaviour("vllm", 0.02, 0.01, cached=20))
     two.run()
-    assert "prompt tokens came from the prefix cache" in (tmp_path / "out" / "unmasked.bs2.new24.r1.error").read_text()
+    assert "prompt tokens came from the prefix cache" in (tmp_path / "out" / "unmasked.bs2.new96.r1.error").read_text()
     with pytest.raises(InputError, match="--only: found nothing; expected rows of the plan"):
         run(server, tmp_path, 600, only=["nothing"])
 
