@@ -158,9 +158,10 @@ def test_a_signal_puts_the_mask_back(live: ServedFake, tmp_path: Path) -> None:
     live.engine.step_s = (0.01, 0.01)
     before, mask, out = live.api.in_force, tmp_path / "b.json", tmp_path / "out.json"
     mask.write_text(mask_of(4, live).dump())
-    start = [sys.executable, "-c", "from softprune.cli import app; app()"]
-    command = [*start, "bench", "compare", "--url", live.url, "--mask-a", "none", "--mask-b", str(mask), "--api", "openai", "--batch", "1"]
-    command += ["--prompt-tokens", "8", "--max-new-tokens", "8", "--repeats", "500", "-o", str(out)]
+    # What a shell started in the background ignores Ctrl-C, and so do its children.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from softprune.cli import app; app()"
+    command = [sys.executable, "-c", code, "bench", "compare", "--url", live.url, "--mask-a", "none", "--mask-b", str(mask)]
+    command += ["--api", "openai", "--batch", "1", "--prompt-tokens", "8", "--max-new-tokens", "8", "--repeats", "500", "-o", str(out)]
     for number in (signal.SIGTERM, signal.SIGINT):
         live.api.asked.clear()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, KEY_ENV: "right"})
