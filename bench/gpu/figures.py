@@ -79,7 +79,7 @@ def write_figures(raw: Path, results: Path) -> list[str]:
         ratios = compared(rows)
         name = f"{engine}_decode_gpu.json"
         _write(results / name, packed(rows, f"softprune.bench.gpu {engine}", ratios))
-        written += [name, _picture(results / name), *_decode_headlines(engine, ratios, results, name)]
+        written += [name, *_picture(results / name), *_decode_headlines(engine, ratios, results, name)]
     if searches := by_format["max-batch"]:
         name = "sglang_max_batch_gpu.json"
         memory = [one for one in documents if one["format"] == "softprune.gpu-memory"]
@@ -90,14 +90,14 @@ def write_figures(raw: Path, results: Path) -> list[str]:
     return written
 
 
-def _picture(decode: Path) -> str:
-    """Draw the ratios of the setting that has the most batch sizes; the picture's name."""
+def _picture(decode: Path) -> Iterator[str]:
+    """Draw the ratios of the setting that has the most batch sizes, if there are any; the picture's name."""
     from softprune.bench.report_plot import plot_ratios
 
-    settings = by_setting(read_rows([decode]).compared)
-    path = decode.with_name(decode.name.replace("_gpu.json", "_ratios.svg"))
-    plot_ratios(max(settings, key=lambda rows: len({one.batch for one in rows})), path)
-    return path.name
+    if settings := by_setting(read_rows([decode]).compared):
+        path = decode.with_name(decode.name.replace("_gpu.json", "_ratios.svg"))
+        plot_ratios(max(settings, key=lambda rows: len({one.batch for one in rows})), path)
+        yield path.name
 
 
 def _check_alike(documents: Documents, raw: Path) -> None:

@@ -388,6 +388,10 @@ def test_figures(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyP
     rows = read_rows([results / "vllm_decode_gpu.json"])
     assert len(rows.compared) == 3
     assert rows.compared[0].pairs == 3
+    for path in session.row_files(raw):
+        if not path.name.startswith("unmasked"):
+            path.unlink()
+    assert write_figures(raw, results) == ["vllm_decode_gpu.json"], "nothing to compare"
 
 
 def test_only_rows_of_one_boot_are_compared() -> None:
