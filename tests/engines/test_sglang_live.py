@@ -165,7 +165,7 @@ def test_retract(live: Client, masks: Any) -> None:
         prompts = random_prompts(4, CHUNK, seed=8)
         running = [pool.submit(live.stream, ids, length, pause) for ids, pause in zip(prompts, pauses, strict=True)]
         for pause in pauses:
-            pause.until(1)
+            pause.until(CHUNK)
         live.switch(masks["B"], "retract")
         answers = [one.result() for one in running]
     assert [epochs(one) for one in answers] == [[now, now + 1]] * 4

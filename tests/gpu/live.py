@@ -194,14 +194,14 @@ class Live:
         """Decode speed and device memory before and after many switches."""
         self.switcher.put(0)
         self._measure(1)
-        before, memory = self._measure(3), used_mib() or 0
+        before, memory = self._measure(3), self._memory()
         self.switcher.reconnect()
         began = time.monotonic()
         for turn in range(1, self.sizes.speed_switches + 1):
             self.switcher.put(turn)
         seconds = time.monotonic() - began
         self.switcher.put(0)
-        after, memory_after = self._measure(3), used_mib() or 0
+        after, memory_after = self._measure(3), self._memory()
         return {
             "tok_s": {"before": before, "after": after}, "switches": self.sizes.speed_switches, "seconds": round(seconds, 2),
             "after_over_before": round(statistics.median(after) / statistics.median(before), 4),
@@ -314,6 +314,14 @@ class Live:
         """Tokens per second of every pass: while decoding if they streamed, else in all."""
         (result,) = json.loads((self.work / out).read_text())["results"]
         return [repeat["decode_tok_s"] or repeat["total_tok_s"] for repeat in result["repeats"]]
+
+    def _memory(self) -> int:
+        """MiB in use on the GPU; 0 where there is none."""
+        if not self.engine.on_gpu:
+            return 0
+        found = used_mib()
+        assert found is not None, "the GPU's driver does not tell what memory is in use"
+        return found
 
 
 def _largest_gap(one: Any, two: Any) -> float:
