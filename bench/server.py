@@ -45,7 +45,10 @@ def vllm_command(model: str | Path, port: int, *args: str) -> list[str]:
 
 
 class Server:
-    """A server process in its own session, so that stopping it stops its workers as well.
+    """A server process in its own process group, so that stopping it stops its workers as well.
+
+    Not in its own session: Linux schedules sessions against each other (autogroup), and a client that mostly waits, in a session with
+    other busy processes, was then kept from running for seconds on end by the server's threads.
 
     Args:
         command: its command line.
@@ -59,7 +62,7 @@ class Server:
         self.port, self.log, self.key = port, log, key
         with open(log, "wb") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent,
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, process_group=0, cwd=log.parent,
                 env={**os.environ, KEY_ENV: key, **(env or {})},
             )  # fmt: skip
 
