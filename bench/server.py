@@ -44,6 +44,9 @@ def vllm_command(model: str | Path, port: int, *args: str) -> list[str]:
     return [sys.executable, "-m", module, "--model", str(model), "--host", "127.0.0.1", "--port", str(port), *args]
 
 
+_OWN_GROUP: Any = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+
+
 class Server:
     """A server process in its own process group, so that stopping it stops its workers as well.
 
@@ -62,8 +65,8 @@ class Server:
         self.port, self.log, self.key = port, log, key
         with open(log, "wb") as out:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, process_group=0, cwd=log.parent,
-                env={**os.environ, KEY_ENV: key, **(env or {})},
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent,
+                env={**os.environ, KEY_ENV: key, **(env or {})}, **_OWN_GROUP,
             )  # fmt: skip
 
     def wait_ready(self, seconds: float = 300) -> None:
