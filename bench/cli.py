@@ -74,6 +74,7 @@ def decode(
     write(out, document)
     console.print(_table(document))
     options.warn_of_cache(console, document["results"], prompt_tokens)
+    options.warn_of_client(console, document["results"])
     console.print(f"{out}: {len(document['results'])} batch sizes, {repeats} repeats", soft_wrap=True, markup=False)
 
 

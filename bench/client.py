@@ -27,6 +27,9 @@ from softprune.control import KEY_HEADER, PREFIX, bearer
 from softprune.errors import InputError, shortened
 from softprune.server_client import is_loopback, known_key
 
+_WATCHED_S = 0.01
+"""How often a pass looks whether this process runs when it wants to."""
+
 
 class DecodeClient:
     """Sends passes to one server; an async context manager.
@@ -93,17 +96,19 @@ class DecodeClient:
         bodies = [work.body(self.api, self._model_name, self.stream, work.prompt(batch, repeat, index)) for index in range(batch)]
         await asyncio.gather(*(self._get("/v1/models", place=place) for _ in bodies))  # opens one connection each
         cpu, start = time.process_time(), time.perf_counter()
+        lateness = _Lateness()
+        watch = asyncio.create_task(lateness.watch())
         tasks = [asyncio.create_task(self._request(batch, repeat, index, body, start)) for index, body in enumerate(bodies)]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             failed = [task for task in tasks if task.done() and task.exception()]
             streams = tuple([await task for task in failed or tasks])
         finally:
-            for task in tasks:
+            for task in (watch, *tasks):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(watch, *tasks, return_exceptions=True)
         share = (time.process_time() - cpu) / (time.perf_counter() - start)
-        return Repeat(batch, repeat, streams, share)
+        return Repeat(batch, repeat, streams, share, lateness.worst)
 
     async def _request(self, batch: int, repeat: int, index: int, body: bytes, start: float) -> Stream:
         place = (batch, repeat, index)
@@ -211,3 +216,20 @@ class DecodeClient:
             raise StallError(batch, repeat, None, f"no answer to {path} for {self._stall:g} s", "one") from None
         except (aiohttp.ClientError, ConnectionError) as error:
             raise ServerGoneError(batch, repeat, None, gone(error), "a server that listens") from None
+
+
+class _Lateness:
+    """How much later than it wants to this process runs.
+
+    Attributes:
+        worst: longest time so far, in seconds.
+    """
+
+    worst = 0.0
+
+    async def watch(self) -> None:
+        """Wake up again and again, until cancelled."""
+        while True:
+            due = time.perf_counter() + _WATCHED_S
+            await asyncio.sleep(_WATCHED_S)
+            self.worst = max(self.worst, time.perf_counter() - due)

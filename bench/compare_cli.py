@@ -85,6 +85,7 @@ def compare_command(
         console.print(f"batch {row['batch']}: {row['says']}", markup=False, soft_wrap=True)
     rows = [row[side] for row in document["results"] for side in "ab"]
     options.warn_of_cache(console, rows, prompt_tokens)
+    options.warn_of_client(console, rows)
     console.print(f"{out}: {len(document['results'])} batch sizes, {repeats} pairs", soft_wrap=True, markup=False)
 
 

@@ -75,12 +75,15 @@ class Repeat:
         batch, repeat: which one.
         streams: by index.
         client_cpu_share: this process's CPU time over wall time; near 1, the client and not the server was measured.
+        client_late_s: longest time by which this process ran later than it wanted to, since others had the processor or it was busy itself;
+            arrivals meanwhile were seen too late.
     """
 
     batch: int
     repeat: int
     streams: tuple[Stream, ...]
     client_cpu_share: float
+    client_late_s: float
 
     @property
     def wall_s(self) -> float:
@@ -121,6 +124,7 @@ class Repeat:
             "ttft_s": {**(quantiles(firsts, 50, 90, 99) or {}), "max": max(firsts)} if firsts else None,
             "inter_token_ms": quantiles((ms for stream in self.streams for ms in stream.inter_token_ms), 50, 90, 99),
             "client_cpu_share": self.client_cpu_share,
+            "client_late_s": self.client_late_s,
             "streams": [stream.record() for stream in self.streams],
         }
 

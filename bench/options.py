@@ -21,6 +21,9 @@ from softprune.options import whole_numbers
 if TYPE_CHECKING:
     from softprune.bench.prompts import Workload
 
+LATE_S, LATE_SHARE = 0.05, 0.01
+"""A client that ran later than this, in seconds and as a share of the pass, is told of."""
+
 
 class ApiChoice(str, Enum):
     """Which API to measure."""
@@ -94,6 +97,15 @@ def warn_of_cache(console: Console, rows: Sequence[Mapping[str, Any]], prompt_to
     cached = [request["cached_tokens"] or 0 for row in rows for one in row["repeats"] for request in one["streams"]]
     if sum(cached) > 0.05 * prompt_tokens * len(cached):
         console.print(f"[yellow]warning:[/] {sum(cached)} prompt tokens came from the server's prefix cache; use another --seed")
+
+
+def warn_of_client(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Say so if this process was kept from running in some rows' passes, so long that their figures are its own machine's."""
+    passes = [one for row in rows for one in row["repeats"]]
+    late = [one["client_late_s"] for one in passes if one["client_late_s"] > max(LATE_S, LATE_SHARE * one["wall_s"])]
+    if late:
+        found = f"in {len(late)} of {len(passes)} passes, this client was kept from running for up to {max(late):.2f} s"
+        console.print(f"[yellow]warning:[/] {found}; measure from a machine, or on cores, that nothing else uses", soft_wrap=True)
 
 
 def median(figure: Mapping[str, float] | None, form: str) -> str:

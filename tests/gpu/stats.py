@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from softprune.bench.decode import measure
+from softprune.bench.options import LATE_S
 from softprune.bench.prompts import Workload
 from softprune.bench.server import Server, ServerError, free_port
 from softprune.bench.tiny import PACKS
@@ -303,6 +304,8 @@ class Trial:
             stall_seconds=100,
         )  # fmt: skip
         result = document["results"][0]
+        if (late := result["repeats"][0]["client_late_s"]) > LATE_S:
+            self.say(f"{name}: the client was kept from running for {late:.2f} s")
         return float((result["decode_tok_s"] or result["total_tok_s"])["median"])
 
     def prefill(self, server: Server, name: str, logprobs: bool = False) -> float:

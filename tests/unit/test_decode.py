@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from softprune.bench import decode
+from softprune.bench import decode, options
 from softprune.bench.decode import DecodeClient, Repeat, Step, Stream, measure
 from softprune.bench.prompts import Api, ReportedError, Workload, counts_of_answer
 from softprune.bench.server import free_port
@@ -128,11 +129,29 @@ def test_client_keeps_up_with_64_streams(server: FakeServer, capsys: pytest.Capt
     assert 0 < result.client_cpu_share < 1
 
 
+def test_a_client_that_is_kept_from_running_knows(server: FakeServer) -> None:
+    server.behave(Behaviour("vllm", 0.1, 0.01))
+
+    async def held_up() -> Repeat:
+        async with DecodeClient(server.url, Workload(16, 250)) as client:
+            asyncio.get_running_loop().call_later(1.0, time.sleep, 0.3)
+            return await client.run_batch(2, 1)
+
+    assert asyncio.run(held_up()).client_late_s >= 0.25
+
+
+@pytest.mark.parametrize(("late", "wall", "told"), [(0.06, 5.9, True), (0.06, 6.1, False), (0.04, 0.1, False)])
+def test_a_client_that_ran_too_late_is_told_of(late: float, wall: float, told: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"repeats": [{"client_late_s": late, "wall_s": wall}, {"client_late_s": 0.0, "wall_s": wall}]}]
+    options.warn_of_client(Console(width=300), rows)
+    assert ("warning: in 1 of 2 passes, this client was kept from running for up to 0.06 s" in capsys.readouterr().out) is told
+
+
 def test_figures_by_hand() -> None:
     """Two streams, the second one late and with two tokens in a chunk."""
     one = Stream(0, 4, None, 4, 0.0, 4.1, ((1.0, 1), (2.0, 2), (3.0, 3), (4.0, 4)))
     two = Stream(1, 4, 2, 4, 0.1, 5.5, ((2.5, 1), (3.5, 3), (5.5, 4)))
-    figures = Repeat(2, 1, (one, two), 0.5).figures()
+    figures = Repeat(2, 1, (one, two), 0.5, 0.0).figures()
     assert figures["wall_s"] == 5.5
     assert figures["total_tok_s"] == 8 / 5.5
     assert figures["decode_tok_s"] == (2 + 3) / 3.0
@@ -141,7 +160,7 @@ def test_figures_by_hand() -> None:
     assert two.inter_token_ms == [500.0, 500.0, 2000.0]
     assert figures["inter_token_ms"]["p50"] == 1000.0
     assert figures["streams"][1]["cached_tokens"] == 2
-    single = Repeat(1, 1, (Stream(0, 4, None, 1, 0.0, 1.0, ((1.0, 1),)),), 0.0).figures()
+    single = Repeat(1, 1, (Stream(0, 4, None, 1, 0.0, 1.0, ((1.0, 1),)),), 0.0, 0.0).figures()
     assert (single["decode_tok_s"], single["per_stream_tok_s"], single["inter_token_ms"]) == (None, None, None)
 
 
@@ -346,13 +365,13 @@ def test_cli_keeps_what_was_measured(server: FakeServer, tmp_path: Path) -> None
 
 def test_cli_refuses_before_it_measures(server: FakeServer, tmp_path: Path) -> None:
     server.behave(Behaviour())
-    for options, message in (
+    for given, message in (
         (("-o", tmp_path / "none" / "out.json"), "no such folder"),
         (("-o", tmp_path / "out.json", "--batch", "1;2"), "expected whole numbers, e.g. 1,8,32"),
         (("-o", tmp_path / "out.json", "--note", "x"), "expected KEY=VALUE"),
         (("-o", tmp_path / "out.json", "--token-ids", "9-5"), "token_ids: found 9 to 6"),
     ):
-        code, output = cli("--url", server.url, *options)
+        code, output = cli("--url", server.url, *given)
         assert (code, message in output) == (2, True), output
     assert not server.log()
 
