@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from softprune.runtime.blocks import MoeLayer
 from softprune.runtime.collector import Collector, Span
@@ -117,8 +118,18 @@ def _decoding(request: Any, collector: Collector) -> Span:
     return Span(_tag(request, collector, 0), prompt, prompt + drawn - 1, 1, known, request.rid)
 
 
-def keep_within(sampler: Sampler) -> None:
-    """Have SGLang run a prefill whose rows are measured within its layers without its captured graph."""
+def keep_within(sampler: Sampler, layers: Sequence[MoeLayer]) -> None:
+    """Have SGLang run a prefill whose rows are measured within its layers without its captured graph, but in few sizes, as graphs have.
+
+    SGLang's kernels are compiled anew for every 32 rows more, and for numbers of other divisors.
+
+    Args:
+        sampler: of this process.
+        layers: all MoE layers; none where padding must not be routed.
+
+    Raises:
+        SeamError: a seam is missing.
+    """
     seams.check(seams.SAMPLES)
     runner = seams.owner(seams.PREFILL_GRAPH)
     can_run: Any = seams.PREFILL_GRAPH.resolve()
@@ -128,6 +139,23 @@ def keep_within(sampler: Sampler) -> None:
         return not sampler.measures_within and bool(can_run(self, *args, **kwargs))
 
     runner.can_run_graph = can_run_graph
+    for layer in layers:
+        layer.block.forward = _padded(layer.block.forward, sampler)
+    sampler.within.pads = bool(layers)
+
+
+def _padded(forward: Any, sampler: Sampler) -> Any:
+    within = sampler.within
+
+    @functools.wraps(forward)
+    def padded(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = len(hidden_states)
+        if not (sampler.measures_within and within.reads):
+            return forward(hidden_states, *args, **kwargs)
+        output: torch.Tensor = forward(functional.pad(hidden_states, (0, 0, 0, within.padded(rows) - rows)), *args, **kwargs)
+        return output[:rows]
+
+    return padded
 
 
 def score(runner: Any, sampler: Sampler) -> None:

@@ -130,7 +130,9 @@ PREFILL_GRAPH = Seam(
     ("forward_batch",),
 )  # fmt: skip
 """Asked before each prefill whether it runs as a captured graph."""
-SAMPLES = (PREFILL_GRAPH,)
+GPT_OSS_FORWARD = Seam("model.gpt_oss_forward", f"{GPT_OSS_BLOCK.target}.forward", ("hidden_states",))
+QWEN3_MOE_FORWARD = Seam("model.qwen3_moe_forward", f"{QWEN3_MOE_BLOCK.target}.forward", ("hidden_states",))
+SAMPLES = (PREFILL_GRAPH, GPT_OSS_FORWARD, QWEN3_MOE_FORWARD)
 """Checked where experts' norms are collected."""
 SAMPLE = Seam("runner.sample", "sglang.srt.model_executor.model_runner:ModelRunner.sample", ("logits_output", "forward_batch"))
 INPUT_LOGPROBS = Seam(

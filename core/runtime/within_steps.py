@@ -21,6 +21,8 @@ from softprune.runtime.sampling import Settings
 
 _AGREEMENT = 0.05
 """Largest relative difference of a norm that was read from one that was computed again; both round to BF16."""
+_APART = 256
+"""Least difference between two sizes that long steps are padded to."""
 
 
 class WithinSteps:
@@ -35,7 +37,10 @@ class WithinSteps:
     Attributes:
         outputs: what experts made within a step, where it can be read.
         reads: whether it can; known from `warm_up` on.
+        pads: whether the engine's layers are given `padded` rows where outputs are read; an extension sets it before `warm_up`.
     """
+
+    pads = False
 
     def __init__(self, slab: SampleSlab, top_k: int, max_rows: int, log: logging.Logger) -> None:
         self.outputs, self.reads = GatedOutputs(log), False
@@ -50,8 +55,21 @@ class WithinSteps:
         if not self.reads:
             self.compile_again(experts)
 
+    def padded(self, rows: int) -> int:
+        """The size that a step of so many rows is padded to, one of a few: kernels are compiled for each of them, and none while serving.
+
+        Multiples of 256, from 2,048 on eight between two powers of two; the largest is `max_rows`.
+        """
+        apart = max(_APART, 1 << max(0, rows.bit_length() - 4))
+        return min(-(-rows // apart) * apart, max(rows, self._max_rows))
+
     def long_steps(self) -> list[int]:
         """Numbers of rows that compile what long steps need as no captured graph: kernels differ by tile and divisibility by 16."""
+        if self.pads:
+            sizes = [self.padded(1)]
+            while sizes[-1] < self._max_rows:
+                sizes.append(self.padded(sizes[-1] + 1))
+            return sizes
         least = STEP_ROWS * Settings().sample
         powers = [least << i for i in range(8)]
         return [STEP_ROWS, *(rows + more for rows in powers for more in (1, 9) if rows + more <= self._max_rows)]

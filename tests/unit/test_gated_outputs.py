@@ -15,6 +15,7 @@ import torch
 
 from softprune.runtime.gated_outputs import GatedOutputs
 from softprune.runtime.sample_slab import STEP_ROWS
+from softprune.sglang_ext.collector import _padded
 from tests.unit.fake_control import LAYERS, TOP_K, make_launch, make_model
 from tests.unit.sampled_engine import SCALES, Request, SampledEngine
 
@@ -115,6 +116,35 @@ def test_long_steps_are_compiled_for_and_no_longer_ones_than_come() -> None:
         seen: list[int] = []
         sampler.within.compile_again(lambda layer, hidden, ids, gates, seen=seen: seen.append(len(ids) // TOP_K) or hidden.float())
         assert seen == ([128, 256, 512] if max_rows == 8192 else [128])
+
+
+@pytest.mark.parametrize("max_rows", [64, 1000, 8192, 20000])
+def test_an_engine_that_pads_long_steps_has_few_sizes_and_all_are_compiled_for(max_rows: int) -> None:
+    sampler = make_model(make_launch(stats="reap")).add_collector(max_rows, "SGLang 0.5.17").sampler
+    assert sampler is not None
+    sampler.within.pads = True
+    sizes = {rows: sampler.within.padded(rows) for rows in range(1, max_rows + 1)}
+    assert sampler.within.long_steps() == sorted(set(sizes.values()))
+    assert len(set(sizes.values())) <= 40
+    assert all(size % 256 == 0 or size == max_rows for size in sizes.values())
+    assert all(rows <= size < rows + 256 or size <= 1.125 * rows for rows, size in sizes.items())
+    assert sampler.within.padded(max_rows + 5) == max_rows + 5
+
+
+@pytest.mark.parametrize(("measures", "reads"), [(True, True), (True, False), (False, True)])
+def test_sglangs_long_steps_are_padded_where_outputs_are_read(measures: bool, reads: bool) -> None:
+    sampler: Any = make_model(make_launch(stats="reap")).add_collector(2048, "SGLang 0.5.17").sampler
+    sampler.within.reads, sampler._inline = reads, torch.zeros(1) if measures else None
+    given: list[torch.Tensor] = []
+
+    def forward(hidden_states: torch.Tensor, forward_batch: str) -> torch.Tensor:
+        given.append(hidden_states)
+        return hidden_states * 2 + (forward_batch == "batch")
+
+    hidden = torch.randn(1100, WIDTH)
+    assert torch.equal(_padded(forward, sampler)(hidden, "batch"), hidden * 2 + 1)
+    padding = 180 if measures and reads else 0
+    assert torch.equal(given[0], torch.cat([hidden, torch.zeros(padding, WIDTH)]))
 
 
 @pytest.mark.parametrize("shadow", [False, True])
