@@ -13,6 +13,7 @@ turns; sends 2,000,000 tokens, and measures again with `--softprune-stats router
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -63,10 +64,15 @@ def make_reference(checkpoint: Path, blocks: Path, out: Path) -> None:
 
 
 class Trial:
-    """One engine in one working folder, with a bound on time."""
+    """One engine in one working folder, with a bound on time.
+
+    Attributes:
+        seeds: one for each pass, so that no prefix cache knows its prompts.
+    """
 
     def __init__(self, engine: Engine, work: Path, seconds: float) -> None:
         self.engine, self.work, self.deadline = engine, work, time.monotonic() + seconds
+        self.seeds = itertools.count()
         self.result: dict[str, Any] = {"what": "tests/gpu/stats.py", **versions(engine)}
 
     @property
@@ -298,7 +304,7 @@ class Trial:
 
     def decode(self, server: Server, name: str) -> float:
         gpu = self.engine.on_gpu
-        work = Workload(256 if gpu else 32, 512 if gpu else 16, seed=len(name), token_ids=(0, 480))
+        work = Workload(256 if gpu else 32, 512 if gpu else 16, seed=next(self.seeds), token_ids=(0, 480))
         document = measure(
             f"http://127.0.0.1:{server.port}", work, [32 if gpu else 4], repeats=1, warmup=0, stream=self.engine.streams, key=server.key,
             stall_seconds=100,
@@ -310,12 +316,12 @@ class Trial:
 
     def prefill(self, server: Server, name: str, logprobs: bool = False) -> float:
         number, length = (8, 8192) if self.engine.on_gpu else (4, 256)
-        rng = np.random.default_rng(abs(hash(name)) % 2**32)
+        rng = np.random.default_rng(next(self.seeds))
         prompts = rng.integers(0, 480, (number, length)).tolist()
         return number * length / self.together(server, prompts, number, logprobs=logprobs)
 
     def prefill_logprobs(self, server: Server, name: str) -> float:
-        return self.prefill(server, name + " with log-probabilities", logprobs=True)
+        return self.prefill(server, name, logprobs=True)
 
     def growth(self, server: Server) -> dict[str, Any]:
         """Device memory before and after many tokens."""
