@@ -6,20 +6,13 @@ python -m softprune.bench.rewrite_once SOURCE MASK OUT MAX_SHARD_BYTES LAYERS|al
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from pathlib import Path
 
 from softprune import mask as mask_file
+from softprune.bench.process_memory import status_mib
 from softprune.checkpoint.rewrite import rewrite
-
-
-def status_mib(field: str) -> float:
-    """A field of this process's status, e.g. "VmHWM", the largest resident size so far; files in the page cache are not in it."""
-    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None
-    return int(match[1]) / 1024
 
 
 def main() -> None:

@@ -150,10 +150,10 @@ def _padded(forward: Any, sampler: Sampler) -> Any:
     @functools.wraps(forward)
     def padded(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = len(hidden_states)
-        if not (sampler.measures_within and within.reads):
+        more = within.padded(rows) - rows if sampler.measures_within and within.reads else 0
+        if not more:
             return forward(hidden_states, *args, **kwargs)
-        output: torch.Tensor = forward(functional.pad(hidden_states, (0, 0, 0, within.padded(rows) - rows)), *args, **kwargs)
-        return output[:rows]
+        return forward(functional.pad(hidden_states, (0, 0, 0, more)), *args, **kwargs)[:rows]
 
     return padded
 

@@ -40,10 +40,8 @@ class WithinSteps:
         pads: whether the engine's layers are given `padded` rows where outputs are read; an extension sets it before `warm_up`.
     """
 
-    pads = False
-
     def __init__(self, slab: SampleSlab, top_k: int, max_rows: int, log: logging.Logger) -> None:
-        self.outputs, self.reads = GatedOutputs(log), False
+        self.outputs, self.reads, self.pads = GatedOutputs(log), False, False
         self._hidden, self._logits = slab.hidden, slab.logits
         self._top_k, self._max_rows, self._log = top_k, max_rows, log
 

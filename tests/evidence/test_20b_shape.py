@@ -15,15 +15,15 @@ import pytest
 from tests.conftest import Evidence
 
 SCRIPT = """
-import json, re, sys, time
+import json, sys, time
+from softprune.bench.process_memory import status_mib
 from softprune.checkpoint.synth import synth_checkpoint
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 start = time.monotonic()
 synth_checkpoint("gpt-oss-20b", sys.argv[1], "mxfp4", seed=0)
 made = time.monotonic()
 fingerprint = fingerprint_of_checkpoint(sys.argv[1])
-# Not ru_maxrss, which has in it what the process had that started this one.
-peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+peak = status_mib("VmHWM")
 print(json.dumps({"synth_s": made - start, "fingerprint_s": time.monotonic() - made, "peak_mib": peak, "fingerprint": fingerprint}))
 """
 

@@ -25,13 +25,13 @@ TAGS = ["default", *(f"tag {i}" for i in range(7))]
 MODEL = MaskModel(architecture="GptOssForCausalLM", num_layers=36, num_experts=128, top_k=4, fingerprint="sha256:" + "a" * 64)
 # The whole command, interpreter and imports included.
 COMMAND = """
-import json, resource, sys
+import json, sys, time
+from softprune.bench.process_memory import status_mib
 from softprune.cli import app
 try:
     app(["stats", "merge", *sys.argv[2:], "--out", sys.argv[1]])
 finally:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({"cpu_seconds": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss / 1024}))
+    print(json.dumps({"cpu_seconds": time.process_time(), "peak_mib": status_mib("VmHWM")}))
 """
 
 

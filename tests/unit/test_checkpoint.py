@@ -163,10 +163,10 @@ def test_transformers_reads_config_and_tokenizer(models: dict[str, Path]) -> Non
 def test_a_20b_layer_needs_little_memory(tmp_path: Path) -> None:
     """One layer of the 20B shape, 424 MB, is written in far less memory than it has bytes in all."""
     code = (
-        "import resource, sys; from softprune.checkpoint.synth import synth_checkpoint;"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "from softprune.bench.process_memory import status_mib; from softprune.checkpoint.synth import synth_checkpoint;"
+        "before = status_mib('VmHWM');"
         f"synth_checkpoint('gpt-oss-20b', {str(tmp_path / 'part')!r}, 'mxfp4', layers=[7]);"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+        "print(int(status_mib('VmHWM') - before))"
     )
     grown_mib = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     size = TensorIndex(tmp_path / "part").num_bytes
