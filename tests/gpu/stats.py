@@ -235,14 +235,18 @@ class Trial:
         except Exception as error:  # noqa: BLE001 - what follows does not rest on it
             self.result["memory"] = {"error": f"{type(error).__name__}: {error}"}
         self.say(json.dumps(self.result["memory"]))
+        self.router(servers)
+        self.logprobs(servers, trace)
+
+    def router(self, servers: dict[str, Server]) -> None:
+        """Decoding and prefill of the server "router", which is stopped, beside "unpatched"."""
         self.wait(servers)
         if (router := servers.get("router")) is not None:
             rows = [("unpatched", servers["unpatched"], None), ("off", router, None), ("router", router, "router")]
+            self.result["prefill_router"] = self.turns(rows, self.prefill, rounds=16, need=15)
             self.result["decode_router"] = self.turns(rows, self.decode, rounds=4, need=45)
-            self.result["prefill_router"] = self.turns(rows, self.prefill, rounds=8, need=15)
             # Log-probabilities of 8,192 tokens take vLLM 20 GB on either side.
             servers.pop("router").stop(grace=0)
-        self.logprobs(servers, trace)
 
     def prefills(self, servers: dict[str, Server], trace: Path | None) -> None:
         """Only prefill, with and without log-probabilities."""
@@ -423,7 +427,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=Path, required=True)
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--seconds", type=float, default=500)
-    parser.add_argument("--only", choices=["exact", "cost", "prefill"], help="prefill: exact, and the cost of prefill alone")
+    parser.add_argument("--only", choices=["exact", "cost", "prefill", "router"], help="prefill: exact, and prefill's cost")
     parser.add_argument("--trace", type=Path, help="folder for SGLang's profile of a prefill")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
@@ -434,14 +438,18 @@ def main() -> None:
     trial = Trial(ENGINES[args.what](not args.cpu), args.folder.resolve(), args.seconds)
     servers: dict[str, Server] = {}
     try:
-        if args.only != "exact":
+        if args.only == "router":
+            servers |= trial.boot(unpatched=None, router=("--softprune-stats", "router"))
+        elif args.only != "exact":
             without = {} if args.only == "prefill" else {"without": ("--softprune-control",)}
             servers |= trial.boot(unpatched=None, **without, collecting=("--softprune-stats", "eaft"))
-        if args.only != "cost":
+        if args.only not in ("cost", "router"):
             trial.exact(args.checkpoint, args.blocks, args.reference)
             if args.what == "sglang" and args.only != "prefill":
                 trial.recorder()
-        if args.only == "prefill":
+        if args.only == "router":
+            trial.router(servers)
+        elif args.only == "prefill":
             trial.wait(servers)
             trial.prefills(servers, args.trace)
         elif servers:
