@@ -15,6 +15,8 @@ from softprune.bench.server import Server, ServerError, free_port, vllm_command
 from softprune.checkpoint.families import read_config
 
 KEY = "bench-gpu"
+MEMORY = ("weights_gib", "graphs_gib", "kv_gib", "kv_tokens")
+"""What has to be known of a server to work out the KV room of a smaller card; `memory_of` may have more."""
 ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
@@ -76,7 +78,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def memory(self, server: Server, model: Path) -> dict[str, Any]:
-        """What a server's memory holds: {"weights_gib", "graphs_gib", "kv_gib", "kv_tokens"}, as the engine reports it.
+        """What a server's memory holds, by the names of `MEMORY`, as the engine reports it.
 
         True only of a server that booted alone: engines take it for the difference of what was free before and after.
         """
@@ -104,7 +106,8 @@ class Sglang(Launcher):
             raise ServerError(f"{server.log.stem}: found KV room for {found} tokens; expected {kv_tokens}: too little memory is free")
 
     def memory(self, server: Server, model: Path) -> dict[str, Any]:
-        return memory_of(sglang_flags(about(server)), {})
+        found = memory_of(sglang_flags(about(server)), {})
+        return {name: found[name] for name in MEMORY}
 
 
 def about(server: Server) -> dict[str, Any]:

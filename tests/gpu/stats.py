@@ -199,7 +199,9 @@ class Trial:
         if not base.exists():
             synth_checkpoint("gpt-oss-20b" if gpu else "tiny", base, "mxfp4" if gpu else "bf16", seed=0)
         vllm = ("--max-model-len", "9000", "--kv-cache-memory-bytes", str(4 << 30), "--gpu-memory-utilization", "0.2")
-        args = () if not gpu else ("--max-total-tokens", "80000") if self.engine.name == "sglang" else vllm
+        # Chunks of 32 tokens: one for every token would cost SGLang a tenth.
+        sglang = ("--max-total-tokens", "80000", "--stream-interval", "32", "--decode-log-interval", "10")
+        args = () if not gpu else sglang if self.engine.name == "sglang" else vllm
         return {name: self.start(name, "base", *args, *(more or ()), patched=more is not None) for name, more in kinds.items()}
 
     def wait(self, servers: dict[str, Server]) -> None:
@@ -218,14 +220,18 @@ class Trial:
 
         Args:
             servers: "unpatched", "without" and "collecting", booting; to be stopped by the caller, as is "router", which is added.
-            trace: where SGLang's profiler is to write what a prefill with log-probabilities is made of, while `eaft` is collected.
+            trace: where SGLang's profiler is to write what steps of `reap`, and a prefill with log-probabilities of `eaft`, are made of.
         """
         self.wait(servers)
         collecting = servers["collecting"]
         rows = [(name, servers[name], None) for name in ("unpatched", "without") if name in servers]
         rows += [("off", collecting, None), *((mode, collecting, mode) for mode in ("reap", "eaft"))]
-        self.result["decode"] = self.turns(rows, self.decode, rounds=4, need=45)
-        self.result["prefill"] = self.turns(rows, self.prefill, rounds=8, need=25)
+        self.result["decode"] = self.turns(rows, self.decode, rounds=5, need=45)
+        self.result["prefill"] = self.turns(rows, self.prefill, rounds=5, need=25)
+        if trace is not None and self.engine.name == "sglang":
+            self.collecting(collecting, "reap")
+            self.profile(collecting, trace, 110)
+            self.decode(collecting, "profiled")
         if "without" in servers:
             servers.pop("without").stop(grace=0)
         servers |= self.boot(router=("--softprune-stats", "router"))
@@ -262,8 +268,14 @@ class Trial:
         self.result["prefill_logprobs"] = self.turns(rows, self.prefill_logprobs, rounds=4, need=12)
         if trace is not None and self.engine.name == "sglang":
             self.collecting(collecting, "eaft")
-            _post(collecting, "/start_profile", {"output_dir": str(trace), "num_steps": "4", "activities": ["CPU", "GPU"]})
+            self.profile(collecting, trace, 4)
             self.prefill_logprobs(collecting, "profiled")
+
+    def profile(self, server: Server, trace: Path, steps: int) -> None:
+        """Have SGLang write what its next steps are made of."""
+        _post(
+            server, "/start_profile", {"output_dir": str(trace), "num_steps": str(steps), "activities": ["CPU", "GPU"], "with_stack": False}
+        )
 
     def recorder(self) -> None:
         """What SGLang's own recorder sees of the model."""
@@ -310,10 +322,10 @@ class Trial:
         gpu = self.engine.on_gpu
         work = Workload(256 if gpu else 32, 512 if gpu else 16, seed=next(self.seeds), token_ids=(0, 480))
         document = measure(
-            f"http://127.0.0.1:{server.port}", work, [32 if gpu else 4], repeats=1, warmup=0, stream=self.engine.streams, key=server.key,
-            stall_seconds=100,
+            f"http://127.0.0.1:{server.port}", work, [32 if gpu else 4], repeats=1, warmup=0, stream=True, key=server.key, stall_seconds=100
         )  # fmt: skip
         result = document["results"][0]
+        self.result.setdefault("total_tok_s", {}).setdefault(name, []).append(round(result["total_tok_s"]["median"], 1))
         if (late := result["repeats"][0]["client_late_s"]) > LATE_S:
             self.say(f"{name}: the client was kept from running for {late:.2f} s")
         return float((result["decode_tok_s"] or result["total_tok_s"])["median"])
@@ -428,7 +440,7 @@ def main() -> None:
     parser.add_argument("--reference", type=Path)
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--only", choices=["exact", "cost", "prefill", "router"], help="prefill: exact, and prefill's cost")
-    parser.add_argument("--trace", type=Path, help="folder for SGLang's profile of a prefill")
+    parser.add_argument("--trace", type=Path, help="folder for SGLang's profiles")
     parser.add_argument("--cpu", action="store_true")
     args = parser.parse_args()
     if args.what == "reference":

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from softprune.bench import headline
-from softprune.bench.gpu import headroom, matrix, session
+from softprune.bench.gpu import headroom, launchers, matrix, session
 from softprune.bench.gpu.__main__ import app
 from softprune.bench.gpu.figures import compared, write_figures
 from softprune.bench.gpu.headroom import Headroom, Shape
@@ -442,6 +442,14 @@ def test_largest_batches_become_headlines(tmp_path: Path, capsys: pytest.Capture
         with pytest.raises(InputError, match="GPU, SGLang version, softprune version: found .*; .*; expected the same ones in every row"):
             write_figures(raw, results)
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+
+
+def test_memory_that_sglang_tells_is_all_that_a_smaller_cards_room_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    account = {"weight": 15.021, "kvcache": 3.296, "token_capacity": 80_000, "graph": {"prefill": 0.5, "decode": 1.121}}
+    monkeypatch.setattr(launchers, "about", lambda _: {"internal_states": [{"memory_usage": account}]})
+    memory = Sglang().memory(None, Path())  # type: ignore[arg-type]
+    assert memory == {"weights_gib": 15.021, "graphs_gib": 1.621, "kv_gib": 3.296, "kv_tokens": 80_000}
+    assert Shape().room(24, memory) == 154_320
 
 
 def test_commands() -> None:
