@@ -49,7 +49,7 @@ def plot_speeds(speeds: list[Speed], path: Path) -> None:
             _curve(panel, points, f"C{i % 10}", _MARKERS[i % len(_MARKERS)], ", ".join(curve))
         batches = sorted({speed.batch for speed in speeds})
         panel.set(xscale="log", xlabel="batch (requests at once)", ylabel="tokens / s", ylim=(0, None))
-        panel.set_title(speeds[0].setting.text, fontsize=9)
+        figure.suptitle(speeds[0].setting.text, fontsize=9)  # wider than a panel
         panel.set_xticks(batches, labels=[str(batch) for batch in batches])
         panel.minorticks_off()
         panel.grid(alpha=0.25)
@@ -93,7 +93,7 @@ def _ratios_by_batch(compared: list[Compared], path: Path) -> None:
             panel.grid(alpha=0.25)
             panel.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         panels[-1].set_xlabel("batch (requests at once)")
-        panels[0].set_title(compared[0].setting.text, fontsize=9)
+        figure.suptitle(compared[0].setting.text, fontsize=9)
 
 
 def _ratio_curve(panel: Axes, points: list[Compared], color: str, marker: str, label: str) -> None:
@@ -116,7 +116,7 @@ def _ratios_in_rows(compared: list[Compared], path: Path) -> None:
             panel.plot(one.median, row, "o", color="C0", markersize=5, markerfacecolor="white" if one.is_marked else "C0")
         panel.set_yticks(range(len(compared)), labels=[f"{one.b} / {one.a}, batch {one.batch}" for one in compared])
         panel.set(ylim=(len(compared) - 0.4, -0.6), xlabel="ratio of tokens / s, with its 95 % interval")
-        panel.set_title(compared[0].setting.text, fontsize=9)
+        figure.suptitle(compared[0].setting.text, fontsize=9)
         panel.grid(alpha=0.25, axis="x")
 
 

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from softprune.runtime.arrivals import Arrivals, Batch, Rows
 from softprune.runtime.expert_norms import Experts, Routed, routed
 from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS, SampleSlab
 from softprune.runtime.sampled_sums import SampledSums
 from softprune.runtime.sampling import Sampling, Settings
-from softprune.runtime.token_records import Fetched, TokenRecords
+from softprune.runtime.token_records import TokenRecords
 from softprune.runtime.token_scores import token_scores
-from softprune.runtime.within_steps import WithinSteps
+from softprune.runtime.within_steps import Read, WithinSteps
 
 if TYPE_CHECKING:
     from softprune.runtime.collector import Span
@@ -49,7 +50,7 @@ class _Step:
     """
 
     rows: NDArray[np.int64]
-    layers: dict[int, Routed] | None
+    layers: dict[int, Routed | Read] | None
     spans: Sequence[Span] | None = None
     records: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -57,26 +58,6 @@ class _Step:
     def completions(self) -> NDArray[np.int64]:
         """Of each row, its tag if the token that it predicts is of a completion, else -1; asked for once for each request."""
         return _tags_of_completions(self.spans or ())
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Sampled rows: tag (-1: lost) and record of each."""
-
-    tags: NDArray[np.int64]
-    records: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What was sent to the host together."""
-
-    sums: SampledSums
-    sent: list[tuple[Routed, _Rows]]
-    tokens: Fetched
-    token_tags: NDArray[np.int64]
-    token_kinds: NDArray[np.int64]
-    arrived: torch.cuda.Event | None
 
 
 class Sampler:
@@ -120,12 +101,11 @@ class Sampler:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured: Routed | None = None
         self._graph_bytes = 0
-        self._waiting: list[_Rows] = []
-        self._measured: list[tuple[Routed, _Rows]] = []
+        self._waiting: list[Rows] = []
+        self._measured: list[tuple[Routed, Rows]] = []
         self._token_tags: list[NDArray[np.int64]] = []
         self._token_kinds: list[NDArray[np.int64]] = []
-        self._queue: list[_Batch] = []
-        self._before = Fetched(0, torch.zeros(0, 3)), np.empty(0, np.int64)
+        self._arrivals = Arrivals()
         self._last: dict[str, tuple[int, int]] = {}
         self._started = False
 
@@ -177,17 +157,18 @@ class Sampler:
         """Sums under a mask, of all that was sampled until now; waits for the device."""
         self._end_step()
         self._send()
-        self._add_arrived(0)
+        self.lost += self._arrivals.finish()
         return self._sums_under(mask)
 
     @torch.inference_mode()
     def reset(self) -> None:
         """Forget everything that was sampled, under all masks."""
         self._end_step()
+        self._arrivals.finish()
         self._sums, self.lost = {}, 0
         self._slab.clear()
         self._records.fetch()
-        self._waiting, self._measured, self._token_tags, self._token_kinds, self._queue = [], [], [], [], []
+        self._waiting, self._measured, self._token_tags, self._token_kinds = [], [], [], []
 
     @torch.inference_mode()
     def begin(self, rows: int, captured: bool = False) -> None:
@@ -317,7 +298,7 @@ class Sampler:
         if step.layers is None:
             self._waiting.append(rows)
         elif len(step.layers) == self._shape[1]:
-            found = Routed.stacked([step.layers[layer] for layer in sorted(step.layers)])
+            found = self.within.stacked([step.layers[layer] for layer in sorted(step.layers)])
             self._measured.append((found.first(len(step.rows)), rows))
         elif step.spans is not None:  # else they are lost already
             self.lost += len(step.rows)  # a captured graph ran, or outputs could not be read
@@ -325,16 +306,16 @@ class Sampler:
         if self._measured:
             self._send()
 
-    def _rows_of(self, step: _Step) -> _Rows:
+    def _rows_of(self, step: _Step) -> Rows:
         nothing = np.full(len(step.rows), -1, np.int64)
         if step.spans is None or (len(step.rows) and step.rows[-1] >= len(step.records)):
             self.lost += len(step.rows)
-            return _Rows(nothing, nothing)
+            return Rows(nothing, nothing)
         tags = np.repeat([span.tag for span in step.spans], [span.rows for span in step.spans]).astype(np.int64)
         records = step.records
         if self.scores and self.settings is not None and self.settings.attribution == "target":
             records = self._shifted(step.spans, records)
-        return _Rows(tags[step.rows], records[step.rows])
+        return Rows(tags[step.rows], records[step.rows])
 
     def _shifted(self, spans: Sequence[Span], records: NDArray[np.int64]) -> NDArray[np.int64]:
         """Of each row, the record of the prediction that led to its token: that of the request's row before it."""
@@ -375,12 +356,12 @@ class Sampler:
         return found
 
     def _send(self) -> None:
-        """Measure what waits in the slab, send everything to the host, and add up what came with the send before."""
+        """Measure what waits in the slab, and send everything to the host, where it is added up once it is there."""
         if self.settings is None:
             return
         if self._slab.used:
             together = [np.concatenate([getattr(rows, name) for rows in self._waiting]) for name in ("tags", "records")]
-            self._measured.append((self._measure_slab(), _Rows(*together)))
+            self._measured.append((self._measure_slab(), Rows(*together)))
             self._slab.clear()
             self._waiting = []
         if not self._measured and not self._records.used:
@@ -393,31 +374,13 @@ class Sampler:
             event.record()
         empty = [np.empty(0, np.int64)]
         tags, kinds = np.concatenate(empty + self._token_tags), np.concatenate(empty + self._token_kinds)
-        self._queue.append(_Batch(self._sums_under(self._mask), sent, tokens, tags, kinds, event))
+        self.lost += self._arrivals.add(Batch(self._sums_under(self._mask), sent, tokens, tags, kinds, event))
         self._measured, self._token_tags, self._token_kinds = [], [], []
-        self._add_arrived(1)
 
     def _sums_under(self, mask: str | None) -> SampledSums:
         if mask not in self._sums:
             self._sums[mask] = SampledSums(*self._shape)
         return self._sums[mask]
-
-    def _add_arrived(self, leave: int) -> None:
-        """Add up what was sent, but for the last `leave` batches; waits for their arrival."""
-        while len(self._queue) > leave:
-            batch = self._queue.pop(0)
-            if batch.arrived is not None:
-                batch.arrived.synchronize()
-            if len(batch.token_tags):
-                self.lost += batch.sums.add_tokens(batch.token_tags, batch.token_kinds, batch.tokens.values.numpy())
-            for found, rows in batch.sent:
-                scores = np.full((len(rows.records), 3), np.nan, np.float32)
-                kinds = np.zeros(len(rows.records), np.int64)
-                for tokens, of_token in (self._before, (batch.tokens, batch.token_kinds)):
-                    here = tokens.look_up(rows.records, scores)
-                    kinds[here] = of_token[rows.records[here] - tokens.first]
-                self.lost += batch.sums.add_rows(found, rows.tags, kinds, scores)
-            self._before = batch.tokens, batch.token_kinds
 
 
 def _tags_of_completions(spans: Sequence[Span]) -> NDArray[np.int64]:

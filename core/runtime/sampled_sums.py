@@ -1,7 +1,7 @@
 """Sums of the modes `reap` and `eaft`, on the host: sampled rows and scored tokens, as they arrive from the device.
 
-Some hundred rows at a time are added by a worker process between its steps, two milliseconds for 192 rows of the 20B shape; sums are
-multiples of the file's quanta from the first addend on, so they are the same in any order.
+Some hundred rows at a time are added, two milliseconds for 192 rows of the 20B shape (`softprune.runtime.arrivals`); sums are multiples of
+the file's quanta from the first addend on, so they are the same in any order.
 """
 
 from __future__ import annotations

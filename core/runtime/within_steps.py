@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from softprune.runtime.expert_norms import Experts, Routed, routed
 from softprune.runtime.gated_outputs import GatedOutputs
+from softprune.runtime.router_stats import chosen_experts
 from softprune.runtime.sample_slab import STEP_ROWS, SampleSlab
 from softprune.runtime.sampling import Settings
 
@@ -23,6 +24,21 @@ _AGREEMENT = 0.05
 """Largest relative difference of a norm that was read from one that was computed again; both round to BF16."""
 _APART = 256
 """Least difference between two sizes that long steps are padded to."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read of rows in one layer; what they were routed to follows from it, of all layers at once.
+
+    Attributes:
+        logits: [n, num_experts], of the router.
+        gated: float32 [n, top_k], norms of the chosen experts' outputs times their gates, experts ascending.
+        shadow: see `Routed`.
+    """
+
+    logits: torch.Tensor
+    gated: torch.Tensor
+    shadow: torch.Tensor | None
 
 
 class WithinSteps:
@@ -88,11 +104,11 @@ class WithinSteps:
         chosen = routed(0, hidden, logits, self._top_k, None)
         rows = torch.arange(0, number, max(1, number // STEP_ROWS), device=hidden.device)
         expected = routed(0, hidden[rows], logits[rows], self._top_k, experts).ascending()
-        read: list[Routed] = []
-        self._read(rows, replace(expected, norms=None), read.append)
+        read: list[Read] = []
+        self._read(rows, logits[rows], None, read.append)
         experts(0, hidden, chosen.ids.long(), chosen.gates)
         self.outputs.forget()
-        return bool(read) and torch.allclose(read[0].norms, expected.norms, rtol=_AGREEMENT)  # type: ignore[arg-type]
+        return bool(read) and torch.allclose(self.stacked(read).norms[0], expected.norms, rtol=_AGREEMENT)  # type: ignore[index,arg-type]
 
     def placed(self, rows: NDArray[np.int64]) -> torch.Tensor:
         """Rows of a step on the device, without waiting for it: int64 [n], some more where the experts are run on them again."""
@@ -104,7 +120,7 @@ class WithinSteps:
         return described.to(self._hidden.device, non_blocking=True)
 
     def measure(
-        self, layers: dict[int, Routed], layer: int, hidden: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor,
+        self, layers: dict[int, Routed | Read], layer: int, hidden: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor,
         experts: Experts | None, shadow: Callable[[int, torch.Tensor], torch.Tensor] | None,
     ) -> None:  # fmt: skip
         """Measure what a layer is about to make of its rows.
@@ -118,14 +134,26 @@ class WithinSteps:
             experts: the engine's; None leaves norms out.
             shadow: (layer, hidden) -> int16 [n, top_k], what the router would choose without a mask; None leaves it out.
         """
-        inputs, reads = hidden[rows, : self._hidden.shape[-1]], self.reads and experts is not None
-        found = routed(layer, inputs, logits[rows], self._top_k, None if reads else experts)
-        if shadow is not None:
-            found = replace(found, shadow=shadow(layer, inputs))
-        if reads:
-            self._read(rows, found.ascending(), functools.partial(layers.__setitem__, layer))
+        reads = self.reads and experts is not None
+        inputs = None if reads and shadow is None else hidden[rows, : self._hidden.shape[-1]]
+        unmasked = None if shadow is None or inputs is None else shadow(layer, inputs)
+        if reads or inputs is None:
+            self._read(rows, logits[rows], unmasked, functools.partial(layers.__setitem__, layer))
         else:
-            layers[layer] = found
+            layers[layer] = replace(routed(layer, inputs, logits[rows], self._top_k, experts), shadow=unmasked)
+
+    def stacked(self, layers: Sequence[Routed | Read]) -> Routed:
+        """What rows were routed to in all layers of a step, of what `measure` had of each, in a new first axis."""
+        read = [layer for layer in layers if isinstance(layer, Read)]
+        if not read:
+            return Routed.stacked([layer for layer in layers if isinstance(layer, Routed)])
+        logits = torch.stack([layer.logits for layer in read])
+        ids, gates = chosen_experts(logits.float(), self._top_k)
+        shadows = [layer.shadow for layer in read if layer.shadow is not None]
+        found = Routed(ids.to(torch.int16), gates, None, torch.stack(shadows) if shadows else None).ascending()
+        # The kernels keep gates in the dtype of the logits.
+        norms = torch.stack([layer.gated for layer in read]) / found.gates.to(logits.dtype).float()
+        return replace(found, norms=norms)
 
     def missed(self, seen: int, num_layers: int) -> None:
         """A step ended of which so many layers were measured: outputs are not read any more."""
@@ -134,15 +162,13 @@ class WithinSteps:
             text = "softprune: read the outputs of %d of %d layers; from now on, a second run of the experts gives their norms"
             self._log.warning(text, seen, num_layers)
 
-    def _read(self, rows: torch.Tensor, found: Routed, then: Callable[[Routed], None]) -> None:
-        """Once the next layer's experts have run, give `then` what these rows were routed to (experts ascending), with norms."""
-        width, dtype = self._hidden.shape[-1], self._logits.dtype
+    def _read(self, rows: torch.Tensor, logits: torch.Tensor, shadow: torch.Tensor | None, then: Callable[[Read], None]) -> None:
+        """Once the next layer's experts have run, give `then` what they made of these rows, whose logits are given."""
+        width, expected = self._hidden.shape[-1], (len(rows), self._top_k)
 
         def measure(gated: torch.Tensor) -> None:
-            norms = torch.linalg.vector_norm(gated[..., :width], dim=-1, dtype=torch.float32)
-            if norms.shape != found.gates.shape:
-                raise ValueError(f"found outputs {list(gated.shape)}; expected {[*found.gates.shape, width]}")
-            # The kernels keep gates in the dtype of the logits.
-            then(replace(found, norms=norms / found.gates.to(dtype).float()))
+            if gated.shape[:-1] != expected:
+                raise ValueError(f"found outputs {list(gated.shape)}; expected {[*expected, width]}")
+            then(Read(logits, torch.linalg.vector_norm(gated[..., :width], dim=-1, dtype=torch.float32), shadow))
 
         self.outputs.ask(rows, measure)

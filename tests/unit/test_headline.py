@@ -12,6 +12,8 @@ import pytest
 from softprune.bench import headline
 from softprune.errors import InputError
 
+RESULTS = Path(__file__).parent.parent.parent / "bench" / "results"
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -90,3 +92,13 @@ def test_a_file_written_by_hand_is_checked(file: Path, text: str, message: str) 
 def test_no_file(file: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         headline.read(file)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.name)
+def test_committed_results_are_json_to_strict_readers(path: Path) -> None:
+    """JSON has no NaN and no Infinity, which Python writes and reads all the same."""
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{path.name} holds {constant}")
+
+    json.loads(path.read_text(), parse_constant=refuse)
