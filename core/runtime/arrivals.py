@@ -1,7 +1,7 @@
 """What the device sent to the host is added to the sums, on a thread of its own: the one that launches steps waits for none of it.
 
 Adding up a prefill of 8,192 scored tokens, 512 of them sampled, takes 5 to 10 ms, in which an engine that launches its kernels one by one
-would launch none. NumPy lets the other thread run meanwhile.
+would launch none. Beside this thread it goes on, but for fractions of a millisecond in which NumPy keeps the interpreter to itself.
 """
 
 from __future__ import annotations
@@ -51,9 +51,14 @@ class Batch:
 
 
 class Arrivals:
-    """Adds batches up one after another, in the order in which they were sent."""
+    """Adds batches up one after another, in the order in which they were sent.
 
-    def __init__(self) -> None:
+    Args:
+        device: that sends them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._thread: ThreadPoolExecutor | None = None
         self._under_way: deque[Future[int]] = deque()
         self._before = Fetched(0, torch.zeros(0, 3)), np.empty(0, np.int64)
@@ -64,7 +69,7 @@ class Arrivals:
         Returns:
             Rows and tokens of earlier batches, added up since the last call, that had no finite values and were left out.
         """
-        self._thread = self._thread or ThreadPoolExecutor(1, "softprune-sums")
+        self._thread = self._thread or ThreadPoolExecutor(1, "softprune-sums", self._begin)
         self._under_way.append(self._thread.submit(self._add, batch))
         lost = 0
         while self._under_way and (self._under_way[0].done() or len(self._under_way) > _MOST):
@@ -77,6 +82,15 @@ class Arrivals:
         while self._under_way:
             lost += self._under_way.popleft().result()
         return lost
+
+    def forget(self) -> None:
+        """Wait until nothing is added up any more, whatever became of it."""
+        while self._under_way:
+            self._under_way.popleft().exception()
+
+    def _begin(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # else waiting may take up memory of the first card
 
     def _add(self, batch: Batch) -> int:
         if batch.arrived is not None:

@@ -105,7 +105,7 @@ class Sampler:
         self._measured: list[tuple[Routed, Rows]] = []
         self._token_tags: list[NDArray[np.int64]] = []
         self._token_kinds: list[NDArray[np.int64]] = []
-        self._arrivals = Arrivals()
+        self._arrivals = Arrivals(device)
         self._last: dict[str, tuple[int, int]] = {}
         self._started = False
 
@@ -164,7 +164,7 @@ class Sampler:
     def reset(self) -> None:
         """Forget everything that was sampled, under all masks."""
         self._end_step()
-        self._arrivals.finish()
+        self._arrivals.forget()
         self._sums, self.lost = {}, 0
         self._slab.clear()
         self._records.fetch()
@@ -370,12 +370,13 @@ class Sampler:
         tokens = self._records.fetch()
         event = None
         if self._slab.hidden.is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # whoever waits sleeps
             event.record()
         empty = [np.empty(0, np.int64)]
         tags, kinds = np.concatenate(empty + self._token_tags), np.concatenate(empty + self._token_kinds)
-        self.lost += self._arrivals.add(Batch(self._sums_under(self._mask), sent, tokens, tags, kinds, event))
-        self._measured, self._token_tags, self._token_kinds = [], [], []
+        batch = Batch(self._sums_under(self._mask), sent, tokens, tags, kinds, event)
+        self._measured, self._token_tags, self._token_kinds = [], [], []  # it is sent, whatever became of those before it
+        self.lost += self._arrivals.add(batch)
 
     def _sums_under(self, mask: str | None) -> SampledSums:
         if mask not in self._sums:

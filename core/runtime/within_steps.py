@@ -22,6 +22,8 @@ from softprune.runtime.sampling import Settings
 
 _AGREEMENT = 0.05
 """Largest relative difference of a norm that was read from one that was computed again; both round to BF16."""
+_SORTED = 1 << 22
+"""Logits sorted at once, which takes some 20 bytes each: of all layers at the default sampling, of some if every token is sampled."""
 _APART = 256
 """Least difference between two sizes that long steps are padded to."""
 
@@ -147,13 +149,18 @@ class WithinSteps:
         read = [layer for layer in layers if isinstance(layer, Read)]
         if not read:
             return Routed.stacked([layer for layer in layers if isinstance(layer, Routed)])
-        logits = torch.stack([layer.logits for layer in read])
-        ids, gates = chosen_experts(logits.float(), self._top_k)
+        together = max(1, _SORTED // read[0].logits.numel())
+        chosen = [self._chosen(read[first : first + together]) for first in range(0, len(read), together)]
+        ids, gates = (torch.cat([of_some[i] for of_some in chosen]) for i in range(2))
         shadows = [layer.shadow for layer in read if layer.shadow is not None]
-        found = Routed(ids.to(torch.int16), gates, None, torch.stack(shadows) if shadows else None).ascending()
+        found = Routed(ids, gates, None, torch.stack(shadows) if shadows else None).ascending()
         # The kernels keep gates in the dtype of the logits.
-        norms = torch.stack([layer.gated for layer in read]) / found.gates.to(logits.dtype).float()
+        norms = torch.stack([layer.gated for layer in read]) / found.gates.to(read[0].logits.dtype).float()
         return replace(found, norms=norms)
+
+    def _chosen(self, read: Sequence[Read]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, gates = chosen_experts(torch.stack([layer.logits for layer in read]).float(), self._top_k)
+        return ids.to(torch.int16), gates
 
     def missed(self, seen: int, num_layers: int) -> None:
         """A step ended of which so many layers were measured: outputs are not read any more."""

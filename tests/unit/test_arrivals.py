@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,12 @@ import torch
 from softprune.runtime import arrivals
 from softprune.runtime.arrivals import Arrivals, Batch, Rows
 from softprune.runtime.expert_norms import Routed
+from softprune.runtime.sample_slab import STEP_ROWS
 from softprune.runtime.sampled_sums import SampledSums
 from softprune.runtime.token_records import Fetched
+from tests.unit.fake_control import LAYERS as ENGINE_LAYERS
+from tests.unit.fake_control import TOP_K as ENGINE_TOP_K
+from tests.unit.sampled_engine import Request, SampledEngine
 
 LAYERS, EXPERTS, TOP_K = 2, 4, 2
 
@@ -40,7 +45,7 @@ def batch(sums: Any, record: int, arrived: Any = None, norm: float = 1.0) -> Bat
 
 def test_whoever_adds_does_not_wait_and_whoever_finishes_does() -> None:
     sums, first, second = SampledSums(1, LAYERS, EXPERTS, eaft=True), Arriving(), Arriving()
-    added = Arrivals()
+    added = Arrivals(torch.device("cpu"))
     assert added.add(batch(sums, 0, first)) == 0
     assert added.add(batch(sums, 1, second)) == 0
     second.reached.set()  # and yet it is the second
@@ -54,7 +59,7 @@ def test_whoever_adds_does_not_wait_and_whoever_finishes_does() -> None:
 
 
 def test_what_is_not_finite_is_counted_once() -> None:
-    sums, added = SampledSums(1, LAYERS, EXPERTS, eaft=True), Arrivals()
+    sums, added = SampledSums(1, LAYERS, EXPERTS, eaft=True), Arrivals(torch.device("cpu"))
     lost = sum(added.add(batch(sums, record, norm=float("nan") if record % 2 else 1.0)) for record in range(6))
     assert lost + added.finish() == 3
     assert added.finish() == 0
@@ -62,7 +67,7 @@ def test_what_is_not_finite_is_counted_once() -> None:
 
 def test_no_more_wait_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arrivals, "_MOST", 2)
-    sums, arriving, added = SampledSums(1, LAYERS, EXPERTS, eaft=True), Arriving(), Arrivals()
+    sums, arriving, added = SampledSums(1, LAYERS, EXPERTS, eaft=True), Arriving(), Arrivals(torch.device("cpu"))
     added.add(batch(sums, 0, arriving))
     added.add(batch(sums, 1))
     threading.Timer(0.1, arriving.reached.set).start()
@@ -72,7 +77,7 @@ def test_no_more_wait_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_goes_wrong_is_told_once_and_the_next_is_added() -> None:
-    sums, added = SampledSums(1, LAYERS, EXPERTS, eaft=True), Arrivals()
+    sums, added = SampledSums(1, LAYERS, EXPERTS, eaft=True), Arrivals(torch.device("cpu"))
 
     def add_and_finish() -> None:  # it is told by either, as it comes
         added.add(batch(None, 0))
@@ -83,3 +88,28 @@ def test_what_goes_wrong_is_told_once_and_the_next_is_added() -> None:
     added.add(batch(sums, 1))
     assert added.finish() == 0
     assert sums.tensors(1, reap=True, shadow=False)["reap.count"].sum() == LAYERS * TOP_K
+
+
+def test_what_goes_wrong_is_not_counted_twice_and_can_be_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that could not be added up is lost; what comes after it is not mixed with it."""
+    engine, add_rows, fails = SampledEngine(), SampledSums.add_rows, [True]
+
+    def once(self: SampledSums, *arguments: Any) -> int:
+        if fails and fails.pop():
+            raise MemoryError
+        return add_rows(self, *arguments)
+
+    monkeypatch.setattr(SampledSums, "add_rows", once)
+    engine.start()
+    engine.step((Request("a", 0, 3 * STEP_ROWS, asked=True), 0, 3 * STEP_ROWS))
+    with pytest.raises(MemoryError):
+        engine.file(tmp_path)
+    engine.step((Request("b", 0, 2 * STEP_ROWS, asked=True), 0, 2 * STEP_ROWS))
+    engine.step((Request("c", 0, 5), 0, 5))
+    found = engine.sampler.sums(None).tensors(1, reap=True, shadow=False)
+    assert found["reap.count"].sum() == (2 * STEP_ROWS + 5) * ENGINE_LAYERS * ENGINE_TOP_K
+    fails.append(True)
+    engine.step((Request("d", 0, 3 * STEP_ROWS), 0, 3 * STEP_ROWS))
+    engine.collector.call("reset")
+    engine.step((Request("e", 0, 5), 0, 5))
+    assert engine.file(tmp_path)["reap.count"].sum() == 5 * ENGINE_LAYERS * ENGINE_TOP_K

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from softprune.runtime import within_steps
 from softprune.runtime.gated_outputs import GatedOutputs
 from softprune.runtime.sample_slab import STEP_ROWS
 from softprune.sglang_ext.collector import _padded
@@ -147,9 +148,12 @@ def test_sglangs_long_steps_are_padded_where_outputs_are_read(measures: bool, re
     assert torch.equal(given[0], torch.cat([hidden, torch.zeros(padding, WIDTH)]))
 
 
-@pytest.mark.parametrize("shadow", [False, True])
-def test_what_is_read_gives_the_sums_of_what_is_computed_again(shadow: bool, kernels: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shadow", "sorted_at_once"), [(False, 1 << 22), (True, 1 << 22), (True, 1)])
+def test_what_is_read_gives_the_sums_of_what_is_computed_again(
+    shadow: bool, sorted_at_once: int, kernels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     """Long prompts, whose steps end or fail, and a short step, whose rows wait in the slab."""
+    monkeypatch.setattr(within_steps, "_SORTED", sorted_at_once)
     files = []
     for reads in (True, False):
         engine = SampledEngine(shadow=shadow)
