@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from softprune.runtime.blocks import MoeLayer
 from softprune.runtime.collector import Collector, Span
+from softprune.runtime.sample_slab import SLAB_ROWS
 from softprune.runtime.sampled import Sampler
 from softprune.runtime.tags import SPANS_KEY, TAG_KEY
 from softprune.sglang_ext import seams
@@ -121,7 +122,8 @@ def _decoding(request: Any, collector: Collector) -> Span:
 def keep_within(sampler: Sampler, layers: Sequence[MoeLayer]) -> None:
     """Have SGLang run a prefill whose rows are measured within its layers without its captured graph, but in few sizes, as graphs have.
 
-    SGLang's kernels are compiled anew for every 32 rows more, and for numbers of other divisors.
+    SGLang's kernels are compiled anew for every 32 rows more, and for numbers of other divisors. To launch such a step takes the host some
+    90 ms of the 20B shape, the GPU less up to 5,000 tokens; up to 3,072, their rows wait in the slab instead, and the graph is used.
 
     Args:
         sampler: of this process.
@@ -141,7 +143,7 @@ def keep_within(sampler: Sampler, layers: Sequence[MoeLayer]) -> None:
     runner.can_run_graph = can_run_graph
     for layer in layers:
         layer.block.forward = _padded(layer.block.forward, sampler)
-    sampler.within.pads = bool(layers)
+    sampler.within.pads, sampler.within.least = bool(layers), SLAB_ROWS
 
 
 def _padded(forward: Any, sampler: Sampler) -> Any:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-STEP_ROWS = 64
-"""Rows that a step can keep at most: 1 in 16 of 1,008 tokens and more."""
 SLAB_ROWS = 192
-"""Rows that are kept before something has to be done with them: 27 MB of the 20B shape."""
+"""Rows that are kept before something has to be done with them, of one step or of several: 27 MB of the 20B shape."""
+STEP_ROWS = 64
+"""Rows of one step from which on they are measured within it, where it is no captured graph anyway: 1 in 16 of 1,024 tokens."""
 _NOWHERE = -1
 
 
@@ -33,7 +33,7 @@ class SampleSlab:
     def __init__(self, num_layers: int, num_experts: int, hidden_size: int, device: torch.device | str, dtype: torch.dtype) -> None:
         self.hidden = torch.zeros(num_layers, SLAB_ROWS, hidden_size, dtype=dtype, device=device)
         self.logits = torch.zeros(num_layers, SLAB_ROWS, num_experts, dtype=dtype, device=device)
-        self._moves = torch.full((2, STEP_ROWS), _NOWHERE, dtype=torch.int32, device=device)
+        self._moves = torch.full((2, SLAB_ROWS), _NOWHERE, dtype=torch.int32, device=device)
         self._idle = True
         self.used = 0
 
@@ -50,11 +50,11 @@ class SampleSlab:
         """Say which rows of the next step to keep, on the current stream and without waiting for it.
 
         Args:
-            rows: at most STEP_ROWS; they take the places from `used` on.
+            rows: as many as there is room for; they take the places from `used` on.
         """
         if not len(rows) and self._idle:
             return
-        moves = np.full((2, STEP_ROWS), _NOWHERE, np.int32)
+        moves = np.full((2, SLAB_ROWS), _NOWHERE, np.int32)
         moves[0, : len(rows)], moves[1, : len(rows)] = rows, np.arange(self.used, self.used + len(rows))
         described = torch.from_numpy(moves)
         if self._moves.is_cuda:
@@ -83,7 +83,7 @@ class SampleSlab:
         """`take` in PyTorch; what the kernel is compared with."""
         if copy_to is not None:
             copy_to.copy_(logits[: len(copy_to)])
-        source, target = self._moves[:, : min(len(hidden), STEP_ROWS)].long()
+        source, target = self._moves[:, : min(len(hidden), SLAB_ROWS)].long()
         kept = (target != _NOWHERE) & (source < len(hidden))
         self.hidden[layer, target[kept]] = hidden[source[kept], : self.hidden.shape[-1]]
         self.logits[layer, target[kept]] = logits[source[kept]]
@@ -94,5 +94,5 @@ class SampleSlab:
 
     @property
     def moves(self) -> torch.Tensor:
-        """int32 [2, STEP_ROWS]: rows of the step, and the places that they go to; -1 for none."""
+        """int32 [2, SLAB_ROWS]: rows of the step, and the places that they go to; -1 for none."""
         return self._moves

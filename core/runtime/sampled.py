@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from softprune.runtime.arrivals import Arrivals, Batch, Rows
 from softprune.runtime.expert_norms import Experts, Routed, routed
-from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS, SampleSlab
+from softprune.runtime.sample_slab import SLAB_ROWS, SampleSlab
 from softprune.runtime.sampled_sums import SampledSums
 from softprune.runtime.sampling import Sampling, Settings
 from softprune.runtime.token_records import TokenRecords
@@ -176,16 +176,16 @@ class Sampler:
 
         Args:
             rows: of the step, padding left out.
-            captured: it may run as a captured graph, which keeps STEP_ROWS rows at most.
+            captured: it may run as a captured graph, which keeps SLAB_ROWS rows at most.
         """
         if self.settings is None or not self.settings.samples:
             return
         self._end_step()
         found = self._sampling.of(rows)
-        if captured and len(found) > STEP_ROWS:
-            self.lost += len(found) - STEP_ROWS
-            found = self._sampling.some(found, STEP_ROWS)
-        within = len(found) > STEP_ROWS
+        if captured and len(found) > SLAB_ROWS:
+            self.lost += len(found) - SLAB_ROWS
+            found = self._sampling.some(found, SLAB_ROWS)
+        within = not captured and len(found) > self.within.least
         if self._records.used > _WAITING_TOKENS or not (within or self._slab.has_room(len(found))):
             self._send()
         self._inline = None

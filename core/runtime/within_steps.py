@@ -55,11 +55,12 @@ class WithinSteps:
     Attributes:
         outputs: what experts made within a step, where it can be read.
         reads: whether it can; known from `warm_up` on.
+        least: sampled rows of a step beyond which they are measured within it; at most SLAB_ROWS. An extension sets it before `warm_up`.
         pads: whether the engine's layers are given `padded` rows where outputs are read; an extension sets it before `warm_up`.
     """
 
     def __init__(self, slab: SampleSlab, top_k: int, max_rows: int, log: logging.Logger) -> None:
-        self.outputs, self.reads, self.pads = GatedOutputs(log), False, False
+        self.outputs, self.reads, self.pads, self.least = GatedOutputs(log), False, False, STEP_ROWS
         self._hidden, self._logits = slab.hidden, slab.logits
         self._top_k, self._max_rows, self._log = top_k, max_rows, log
 
@@ -67,7 +68,7 @@ class WithinSteps:
         """Find out whether outputs can be read, and compile what steps need: a kernel that is compiled in serving holds up for seconds."""
         self.reads = self.outputs.watch() and all(self.agrees(experts, rows) for rows in self.long_steps())
         how = "are read from the kernels" if self.reads else "take a second run of the experts, as these kernels show none"
-        self._log.info("softprune: norms in prefills of %d tokens and more %s", STEP_ROWS * Settings().sample, how)
+        self._log.info("softprune: norms in prefills of more than %d tokens %s", self.least * Settings().sample, how)
         if not self.reads:
             self.compile_again(experts)
 

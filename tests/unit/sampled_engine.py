@@ -7,10 +7,12 @@ whatever steps they are computed. Experts scale their input, each by a number of
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -26,6 +28,15 @@ from tests.unit.fake_control import EXPERTS, HIDDEN, LAYERS, TOP_K, make_launch,
 VOCABULARY = 50
 SCALES = torch.arange(1, LAYERS * EXPERTS + 1).view(LAYERS, EXPERTS) / 4
 """Of each layer's experts."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny, and threads wait for each other on a machine with other things to do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from softprune.runtime.sampled_sums import SampledSums
 from softprune.runtime.token_records import Fetched
 from tests.unit.fake_control import LAYERS as ENGINE_LAYERS
 from tests.unit.fake_control import TOP_K as ENGINE_TOP_K
-from tests.unit.sampled_engine import Request, SampledEngine
+from tests.unit.sampled_engine import Request, SampledEngine, one_thread  # noqa: F401 - a fixture of all tests here
 
 LAYERS, EXPERTS, TOP_K = 2, 4, 2
 

@@ -18,7 +18,7 @@ from softprune.runtime.gated_outputs import GatedOutputs
 from softprune.runtime.sample_slab import STEP_ROWS
 from softprune.sglang_ext.collector import _padded
 from tests.unit.fake_control import LAYERS, TOP_K, make_launch, make_model
-from tests.unit.sampled_engine import SCALES, Request, SampledEngine
+from tests.unit.sampled_engine import SCALES, Request, SampledEngine, one_thread  # noqa: F401 - a fixture of all tests here
 
 LOG = logging.getLogger("softprune.test")
 MODULE = "triton_kernels.matmul_ogs"

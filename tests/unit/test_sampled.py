@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from softprune.control import ControlError
 from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS
 from tests.unit.fake_control import LAYERS, TOP_K, make_launch, make_mask, make_model
-from tests.unit.sampled_engine import Request, SampledEngine, same
+from tests.unit.sampled_engine import Request, SampledEngine, one_thread, same  # noqa: F401 - a fixture of all tests here
 from tests.unit.test_collector import api
 from tests.unit.test_control_api import run
 
@@ -22,15 +21,6 @@ CHAT = Request("chat", 0, 40, asked=True, completions=((5, 12), (20, 37)))
 CODE = Request("code", 1, 9, asked=True)
 PLAIN = Request("plain", 1, 25)
 NONE = Request("none", 0, 6, asked=True, completions=())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are tiny, and threads wait for each other on a machine with other things to do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def traffic(engine: SampledEngine, cut: int = 17) -> None:
@@ -72,8 +62,10 @@ def test_chunks_and_answers(says_before: bool, attribution: str, tmp_path: Path)
 def test_rows_of_large_steps_are_measured_within_their_layers(attribution: str, tmp_path: Path) -> None:
     """And give the sums that small steps do, to the bit; more rows than the slab holds go through it, too."""
     long, files = Request("long", 0, 5 * STEP_ROWS, asked=True), []
-    for size in (5 * STEP_ROWS, 2 * STEP_ROWS, STEP_ROWS, 10):
+    for size, least in ((5 * STEP_ROWS, STEP_ROWS), (5 * STEP_ROWS, SLAB_ROWS), (2 * STEP_ROWS, STEP_ROWS), (2 * STEP_ROWS, SLAB_ROWS),
+                        (STEP_ROWS, STEP_ROWS), (10, STEP_ROWS)):  # fmt: skip
         engine = SampledEngine(attribution=attribution)
+        engine.sampler.within.least = least
         engine.start()
         for first in range(0, long.prompt, size):
             engine.step((long, first, min(size, long.prompt - first)))
@@ -92,11 +84,11 @@ def test_a_captured_step_of_more_rows_than_it_can_keep_says_what_was_lost(tmp_pa
     engine.start()
     engine.collector.tag_number("last")
     for i in range(10):
-        engine.step(*[(Request(f"r{row}", int(row >= STEP_ROWS)), i, 1) for row in range(STEP_ROWS + 6)], captured=True)
+        engine.step(*[(Request(f"r{row}", int(row >= SLAB_ROWS)), i, 1) for row in range(SLAB_ROWS + 6)], captured=True)
     found = engine.file(tmp_path)
-    assert (found["reap.count"].sum((0, 2)) == 10 * STEP_ROWS * TOP_K).all()
+    assert (found["reap.count"].sum((0, 2)) == 10 * SLAB_ROWS * TOP_K).all()
     assert (found["reap.count"][1].sum(-1) > 30 * TOP_K).all()  # the last rows are lost no more often than others
-    assert (found["router.count"].sum((0, 1, 3)) == 10 * (STEP_ROWS + 6) * TOP_K).all()
+    assert (found["router.count"].sum((0, 1, 3)) == 10 * (SLAB_ROWS + 6) * TOP_K).all()
     assert engine.collector.status()["lost_samples"] == 60
 
 
