@@ -36,7 +36,7 @@ from tests.engines.harness import VllmServer
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 PACKS = ("chat_if", "code", "reasoning_style", "tool_agentic")
 SEQ_LEN = 256
-FEW, SOME, MANY = 8, 24, 40
+FEW, SOME, MANY = 8, 24, 196
 """Blocks of each pack for the reference, for ranking by it, and for sampling."""
 SUMS = ("nll_sum", "nll_square_sum", "p_sum", "entropy_sum", "entropy_top_sum")
 
@@ -193,6 +193,7 @@ def test_text(served: Served, models: dict[str, Path], evidence: Evidence) -> No
 
 
 def test_one_in_sixteen_gives_the_same_experts(served: Served, evidence: Evidence) -> None:
+    """Of 200,000 tokens. Of 40,000, one draw in three has less than 0.95 of the top 24 in common, of four layers."""
     blocks = blocks_of(MANY)
     full, sampled = (served.collect(blocks, sample=every) for every in (1, 16))
     figures: dict[str, Any] = {"tokens": sum(pack.ids.size for pack in blocks.values())}
