@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 SLAB_ROWS = 192
 """Rows that are kept before something has to be done with them, of one step or of several: 27 MB of the 20B shape."""
 STEP_ROWS = 64
-"""Rows of one step from which on they are measured within it, where it is no captured graph anyway: 1 in 16 of 1,024 tokens."""
+"""Rows of one step beyond which they are measured within it, where it is no captured graph anyway: 1 in 16 of 1,024 tokens."""
 _NOWHERE = -1
 
 

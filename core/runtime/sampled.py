@@ -1,7 +1,7 @@
 """Collecting the modes `reap` and `eaft` in a serving engine: sampled rows, and how sure the model was of its tokens.
 
 A sampled row waits in the slab until a few hundred are there; then, between two steps, the engine's experts are run on them, and their
-norms, gates and ids go to the host together with the tokens' scores. A step with more sampled rows than fit (a long prefill) has them
+norms, gates and ids go to the host together with the tokens' scores. A step with many sampled rows (a long prefill) has them
 measured within each layer instead (`softprune.runtime.within_steps`). The host adds up what arrived while the device goes on; it never
 waits for a step.
 """

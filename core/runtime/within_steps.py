@@ -1,4 +1,4 @@
-"""Sampled rows that are measured within their layers: those of steps with more of them than fit into the slab, such as long prefills.
+"""Sampled rows that are measured within their layers: those of steps with many of them, long prefills.
 
 What the layer's own kernels made of the rows is read; where that cannot be, the experts are run on them again.
 """
@@ -137,13 +137,14 @@ class WithinSteps:
             experts: the engine's; None leaves norms out.
             shadow: (layer, hidden) -> int16 [n, top_k], what the router would choose without a mask; None leaves it out.
         """
-        reads = self.reads and experts is not None
-        inputs = None if reads and shadow is None else hidden[rows, : self._hidden.shape[-1]]
-        unmasked = None if shadow is None or inputs is None else shadow(layer, inputs)
-        if reads or inputs is None:
+        width = self._hidden.shape[-1]
+        if self.reads and experts is not None:
+            unmasked = None if shadow is None else shadow(layer, hidden[rows, :width])
             self._read(rows, logits[rows], unmasked, functools.partial(layers.__setitem__, layer))
-        else:
-            layers[layer] = replace(routed(layer, inputs, logits[rows], self._top_k, experts), shadow=unmasked)
+            return
+        inputs = hidden[rows, :width]
+        unmasked = None if shadow is None else shadow(layer, inputs)
+        layers[layer] = replace(routed(layer, inputs, logits[rows], self._top_k, experts), shadow=unmasked)
 
     def stacked(self, layers: Sequence[Routed | Read]) -> Routed:
         """What rows were routed to in all layers of a step, of what `measure` had of each, in a new first axis."""
