@@ -66,8 +66,12 @@ def sweep(
         decode: options of the decode measurement.
         blocks: of each pack.
         keeps: numbers of experts kept.
-        out: folder in `work`.
+        out: folder in `work`; a sweep that is whole there is not run again.
     """
+    written = work / out / "sweep.json"
+    document: dict[str, Any] = json.loads(written.read_text()) if written.exists() else {"cells": []}
+    if len(document["cells"]) == len(METHODS) * len(keeps) and document["error"] is None:
+        return document
     common = ["--url", url, "--tokenizer", tokenizer]
     if not (work / "stats.safetensors").exists():
         collect = ["--mode", "eaft", "--num-blocks", COLLECTED_BLOCKS, "-o", work / "stats.safetensors"]
@@ -79,8 +83,7 @@ def sweep(
         key, "sweep", *common, *files(work, "scored"), *scores, "--keep", ",".join(map(str, keeps)), "--seq-lens", SEQ_LEN,
         "--num-blocks", blocks, "--gates", work / "strict.json", *decode, "--out", work / out,
     )  # fmt: skip
-    document: dict[str, Any] = json.loads((work / out / "sweep.json").read_text())
-    return document
+    return dict(json.loads(written.read_text()))
 
 
 def sweeps(url: str, key: str, work: Path, tokenizer: Path, decode: Sequence[object] = ()) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -41,7 +41,6 @@ UNPROVEN_MODES = (
     Mode("--cpu-offload-gb", "offload_config.uva.cpu_offload_gb", falsy),
     Mode("--offload-group-size", "offload_config.prefetch.offload_group_size", falsy),
     Mode("--load-format", "load_config.load_format", among("auto", "safetensors", "hf")),
-    Mode("--dtype", "model_config.dtype", among(torch.bfloat16)),
     Mode("--model-class-overrides", "model_config.model_class_overrides", falsy),
     Mode("--model-impl", "model_config.model_impl", among("auto", "vllm")),
 )
@@ -56,6 +55,9 @@ PROVEN_BACKENDS = {
     ("cuda", "Qwen3MoeForCausalLM", "unquantized/TRITON"): _ON_GPU,
 }
 """(platform, architecture, MoE backend as `routers.backend_of` names the one that vLLM chose) -> what proves it."""
+
+PROVEN_DTYPES = {"cpu": (torch.bfloat16, torch.float32)}
+"""Platform -> what models may compute in; elsewhere bfloat16 alone."""
 
 PROVEN_ROUTERS = ("FusedTopKRouter", "CPURouter")
 """vLLM's classes that select experts by the router's logits and nothing else."""
@@ -74,10 +76,25 @@ def check_modes(vllm_config: Any) -> None:
         SeamError: a mode cannot be read in this version of vLLM.
     """
     proven.check_modes(UNPROVEN_MODES, lambda path: seams.attribute(vllm_config, path, "config." + path), "vllm")
+    check_dtype(seams.attribute(vllm_config, "model_config.dtype", "config.model_config.dtype"), seams.platform())
     if os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"):
         raise RefusedError("VLLM_SERVER_DEV_MODE is set: anybody could call the workers, past softprune's key and its bookkeeping")
     if os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY"):
         raise RefusedError("VLLM_MOE_ROUTING_SIMULATION_STRATEGY is set: vLLM would select experts without asking the routers")
+
+
+def check_dtype(dtype: Any, platform: str) -> None:
+    """Refuse a dtype that masks are not proven with.
+
+    Args:
+        dtype: the model's.
+        platform: the engine's name for the kind of device.
+
+    Raises:
+        RefusedError: names what was found.
+    """
+    if dtype not in PROVEN_DTYPES.get(platform, (torch.bfloat16,)):
+        raise proven.refusal(f"--dtype ({dtype})", "vllm")
 
 
 def check_front_end(args: Any) -> None:

@@ -54,7 +54,9 @@ IMPORTS = {
     "sglang": [name for name in imports_of("sglang", sglang_seams) if name != RESOLVING_VIEW],
 }
 
-CONFIG_PATHS = sorted({mode.path for mode in vllm_proven.UNPROVEN_MODES} | {"additional_config", "model_config.hf_config"})
+CONFIG_PATHS = sorted(
+    {mode.path for mode in vllm_proven.UNPROVEN_MODES} | {"additional_config", "model_config.dtype", "model_config.hf_config"}
+)
 """Attributes of vLLM's VllmConfig."""
 
 SETTINGS = sorted(

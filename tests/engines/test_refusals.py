@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from softprune.errors import RefusedError
 from softprune.vllm_ext import proven
@@ -186,6 +187,14 @@ def test_other_front_ends_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(RefusedError, match="VLLM_USE_RUST_FRONTEND is not proven"):
         proven.check_front_end(Namespace())
+
+
+def test_dtypes() -> None:
+    for platform, dtype in (("cpu", torch.bfloat16), ("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        proven.check_dtype(dtype, platform)
+    for platform, dtype in (("cpu", torch.float16), ("cuda", torch.float32), ("xpu", torch.float32)):
+        with pytest.raises(RefusedError, match=f"--dtype \\(torch.{str(dtype)[6:]}\\) is not proven"):
+            proven.check_dtype(dtype, platform)
 
 
 def test_backends_and_their_top_k() -> None:

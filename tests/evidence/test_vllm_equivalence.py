@@ -79,6 +79,9 @@ def stable(models: Any, masks: Any, sliced: Any, tmp_path_factory: pytest.TempPa
     refused += [{"method": "reload_weights", "kwargs": {"weights_path": str(path)}} for path in (folder / "other", folder / "missing")]
     jobs.append(job("refused calls", models["gpt-oss"], {"expert_mask": masks["gpt-oss"][1]}, rpc=refused))
     jobs.append(job("top2 masked", models["gpt-oss"], {"expert_mask": masks["gpt-oss-top2"][1], "debug_routes": True}))
+    float32 = {"dtype": "float32"}
+    jobs.append(job("float32 masked", models["gpt-oss"], {"expert_mask": masks["gpt-oss"][1], "debug_routes": True}, args=float32))
+    jobs.append(job("float32 sliced", sliced["gpt-oss"], args=float32))
     jobs.append(job("top2 sliced", sliced["gpt-oss-top2"], args={"hf_overrides": {"num_experts_per_tok": 2}}))
     return run_offline(jobs, folder / "run", STABLE)
 
@@ -156,7 +159,7 @@ def test_one_unmasked_layer_is_noticed(models: Any, masks: Any, tmp_path: Path) 
     assert [count > 0 for count in pruned_by_layer] == [False, False, True, False]
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe", "top2"])
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe", "top2", "float32"])
 def test_masked_equals_sliced_exactly(stable: Any, name: str, evidence: Evidence) -> None:
     masked, sliced = stable[f"{name} masked"], stable[f"{name} sliced"]
     assert masked["tokens"] == sliced["tokens"]
@@ -167,6 +170,10 @@ def test_masked_equals_sliced_exactly(stable: Any, name: str, evidence: Evidence
 
 def test_top_k_really_shrinks(stable: Any, masks: Any) -> None:
     check_routes(stable["top2 masked"], masks["gpt-oss-top2"][0], computed(FEW))
+
+
+def test_float32_obeys_the_mask(stable: Any, masks: Any) -> None:
+    check_routes(stable["float32 masked"], masks["gpt-oss"][0], computed(FEW))
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
