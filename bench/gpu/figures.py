@@ -124,6 +124,8 @@ def _max_batch_headlines(searches: Documents, results: Path, raw: str) -> Iterat
     figures: dict[str, tuple[float, str]] = {}
     for card in sorted({one["notes"]["card_gib"] for one in searches}):
         stem = f"sglang.max_batch_{card}gib"
+        no_room = [one for one in searches if one["notes"]["card_gib"] == card and one["tries"] == []]
+        figures |= {f"{stem}.{one['notes']['variant']}": (0, "requests") for one in no_room}
         found = {one["notes"]["variant"]: one for one in searches if one["notes"]["card_gib"] == card and one["max_batch"]}
         for variant, one in list(found.items()):
             if one["next_failed"] not in (None, one["max_batch"] + 1):

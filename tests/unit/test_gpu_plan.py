@@ -418,9 +418,11 @@ def test_largest_batches_become_headlines(tmp_path: Path, capsys: pytest.Capture
         document = {
             "format": "softprune.max-batch", "version": 1, "engine": {"name": "SGLang", "version": "1"}, "model": "base", "gpu": "G",
             "server_flags": {}, "notes": {"variant": variant, "card_gib": str(card)}, "max_batch": batch, "result": result,
-            "next_failed": batch + 1,
+            "next_failed": batch + 1, "tries": [{"batch": batch}],
         }  # fmt: skip
         (raw / f"{card}{variant}.json").write_text(json.dumps(document))
+    no_room = {**document, "notes": {"variant": "unmasked", "card_gib": "24"}, "max_batch": None, "result": None, "tries": []}
+    (raw / "24unmasked.json").write_text(json.dumps(no_room))
     write_figures(raw, results)
     figures = {name: (one["value"], one["unit"]) for name, one in headline.read(results / "headline.json").items()}
     assert figures == {
@@ -428,12 +430,13 @@ def test_largest_batches_become_headlines(tmp_path: Path, capsys: pytest.Capture
         "sglang.max_batch_16gib.keep16": (70, "requests"), "sglang.max_batch_16gib.keep16_tok_s": (6000, "tok/s"),
         "sglang.max_batch_16gib.keep16_over_unmasked": (7, "ratio"), "sglang.max_batch_16gib.keep16_over_unmasked_tok_s": (4, "ratio"),
         "sglang.max_batch_24gib.keep16": (150, "requests"), "sglang.max_batch_24gib.keep16_tok_s": (9000, "tok/s"),
+        "sglang.max_batch_24gib.unmasked": (0, "requests"),
     }  # fmt: skip
     with pytest.raises(InputError, match="no rows"):
         write_figures(results / "none", results)
     document = json.loads((raw / "24keep16.json").read_text())
     (raw / "24keep16.json").write_text(json.dumps({**document, "next_failed": 153}))
-    assert not [name for name in write_figures(raw, results) if "24gib" in name]
+    assert [name for name in write_figures(raw, results) if "24gib" in name] == ["sglang.max_batch_24gib.unmasked"]
     assert "24gib.keep16: no headline: at least 150 run, 153 do not" in capsys.readouterr().out
     (raw / "run.json").write_text("{}")  # no row
     before = {path.name: path.read_bytes() for path in results.iterdir()}
