@@ -14,11 +14,11 @@ from typing import Any
 
 from softprune.runtime.epochs import RequestIndex
 
-PATHS = ("/v1/completions", "/v1/chat/completions", "/generate")
+PATHS = ("/v1/completions", "/v1/chat/completions", "/inference/v1/generate", "/generate")
 """Calls whose answers name their epochs; for all others, `GET requests/{id}` does."""
 
 _META_INFO = re.compile(rb'"meta_info":\s?\{(?="id":\s?"([^"\\]+)")')
-_ID = re.compile(rb'\{"id":\s?"([^"\\]+)"')
+_ID = re.compile(rb'\{"(?:request_)?id":\s?"([^"\\]+)"')
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 

@@ -79,6 +79,9 @@ class ControlApi(control_api.ControlApi):
 
     @staticmethod
     def tag_places(path: str, body: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+        if path.endswith("/generate"):
+            sampling = body.get("sampling_params")
+            return [(sampling, "extra_args")] if isinstance(sampling, dict) else []
         return [(body, "vllm_xargs")]
 
     def _client(self, scope: Any) -> Any:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from softprune.checkpoint.families import read_config
 from softprune.errors import InputError, shortened
 from softprune.server_client import ServerCallError, ServerClient
 
 Engine = Literal["vllm", "sglang"]
+TOKENS_CALL: Final = "/inference/v1/generate"
 _COMPUTES = ("dtype", "quantization", "kv_cache_dtype", "revision", "weight_version", "device")
 """What SGLang's /server_info says of it; vLLM says nothing."""
 
@@ -29,6 +30,7 @@ class Served:
         context: tokens of a prompt and its answer, at most; None if the server does not say.
         status: softprune's, as `ServerClient.status` has it; None for a server without softprune.
         computes: what the model is and how it is computed, as far as the server says.
+        takes_tokens: whether vLLM's call that takes and answers ids (`TOKENS_CALL`) is there and open.
     """
 
     engine: Engine
@@ -39,6 +41,7 @@ class Served:
     context: int | None
     status: Mapping[str, Any] | None
     computes: Mapping[str, str] = field(default_factory=dict)
+    takes_tokens: bool = False
 
     @property
     def fingerprint(self) -> str | None:
@@ -92,7 +95,10 @@ def ask_served(client: ServerClient) -> Served:
     tokenizer = about.get("tokenizer_path") or path
     said = {**{name: about.get(name) for name in _COMPUTES}, **{name: (status or {}).get(name) for name in ("device", "moe_backend")}}
     computes = {name: str(value) for name, value in said.items() if value is not None}
-    return Served(engine, version, model, str(path), str(tokenizer), context if isinstance(context, int) else None, status, computes)
+    tokens = engine == "vllm" and _takes_tokens(client)
+    return Served(
+        engine, version, model, str(path), str(tokenizer), context if isinstance(context, int) else None, status, computes, tokens
+    )  # fmt: skip
 
 
 def _engine(client: ServerClient) -> tuple[Engine, str, Mapping[str, Any]]:
@@ -103,6 +109,17 @@ def _engine(client: ServerClient) -> tuple[Engine, str, Mapping[str, Any]]:
             return engine, about["version"], about
     found = "no version at vLLM's /version or SGLang's /server_info"
     raise ServerCallError(client.url, 404, "", f"found {found}; expected one of these servers")
+
+
+def _takes_tokens(client: ServerClient) -> bool:
+    """Whether a call that lacks everything is refused for that: it is not there in older vLLMs, and closed in newer ones (403)."""
+    try:
+        client.post(TOKENS_CALL, {})
+    except ServerCallError as error:
+        if error.status is None:
+            raise
+        return error.status in (400, 422)
+    return False
 
 
 def _if_there(ask: Callable[[], Any]) -> Any:

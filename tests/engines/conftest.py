@@ -23,10 +23,11 @@ class Masked:
 
 @pytest.fixture(scope="session")
 def masked(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Masked]:
-    """gpt-oss, 24 of 32 experts kept, with the route probe."""
+    """gpt-oss, 24 of 32 experts kept, with the route probe, and with the call that takes ids."""
     folder = tmp_path_factory.mktemp("server")
     mask = random_mask(models["gpt-oss"], 24, seed=11)
     path = saved(mask, folder / "keep24.json")
-    with VllmServer(models["gpt-oss"], "--expert-mask", path, "--softprune-debug-routes", log=folder / "server.log") as server:
+    flags = ("--expert-mask", path, "--softprune-debug-routes", "--enable-scale-out")
+    with VllmServer(models["gpt-oss"], *flags, log=folder / "server.log") as server:
         server.wait_ready()
         yield Masked(server, mask)

@@ -6,10 +6,16 @@ Run alone: pytest tests/engines/test_serving.py
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
+from softprune.evaluate.errors import EvaluationError
+from softprune.evaluate.prompt_scores import PromptScorer
+from softprune.evaluate.served import ask_served
+from softprune.server_client import ServerCallError, ServerClient
 from tests.conftest import Evidence, heldout_prompts
 from tests.engines.conftest import Masked
 
@@ -42,6 +48,23 @@ def test_concurrent_requests_never_reach_pruned_experts(masked: Masked, evidence
         assert sum(counts) == computed * masked.mask.layer_top_k(layer)
         assert [i for i, count in enumerate(counts) if count == 0 and i in masked.mask.kept(layer)] == []
         assert sum(counts[i] for i in masked.mask.pruned(layer)) == 0
+
+
+def test_scores_are_the_same_by_the_call_that_takes_ids(masked: Masked) -> None:
+    """With the epoch that both answers name; ids that the model has not are refused in both."""
+    client = ServerClient(f"http://127.0.0.1:{masked.server.port}", masked.server.key)
+    served = ask_served(client)
+    assert served.takes_tokens
+    ids = np.array(heldout_prompts(1, 200, seed=22)[0], np.int32)
+    keep = np.arange(len(ids)) > 0
+    by_ids, by_text = (PromptScorer(client, one).score(ids, keep) for one in (served, replace(served, takes_tokens=False)))
+    assert np.array_equal(by_ids.log_p, by_text.log_p)
+    assert np.array_equal(by_ids.entropy, by_text.entropy)
+    for one in (served, replace(served, takes_tokens=False)):
+        with pytest.raises(ServerCallError, match="out of vocabulary"):
+            PromptScorer(client, one).score(np.array([1, 4096], np.int32), np.array([False, True]))
+        with pytest.raises(EvaluationError, match="an answer under mask epochs"):
+            PromptScorer(client, replace(one, status={**(one.status or {}), "mask_epoch": 7})).score(ids, keep)
 
 
 @pytest.mark.parametrize("path", ["/status", "/routes", "", "/", "/anything"])

@@ -30,6 +30,7 @@ from softprune.bench.tiny.weights import HERE as TINY
 from softprune.evaluate import eval_packs
 from softprune.evaluate.eval_packs import Sizes
 from softprune.evaluate.evaluate import EvalSettings, evaluate
+from softprune.evaluate.served import TOKENS_CALL
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerClient
 from softprune.stats.collect_packs import load
@@ -139,7 +140,7 @@ def engine(request: pytest.FixtureRequest, models: dict[str, Path], tmp_path_fac
     log = tmp_path_factory.mktemp("stats") / "server.log"
     env = {"SOFTPRUNE_TEST_STABLE_TOPK": "1"}
     if request.param == "vllm":
-        args = ["--enable-prompt-tokens-details", "--max-num-batched-tokens", str(CHUNK), "--block-size", "32"]
+        args = ["--enable-prompt-tokens-details", "--max-num-batched-tokens", str(CHUNK), "--block-size", "32", "--enable-scale-out"]
         server: Server = VllmServer(models["qwen3-moe"], *FLAGS, *args, log=log, env=env)
     else:
         server = start_sglang(models["qwen3-moe"], log, *FLAGS, "--enable-metrics", env=env)
@@ -222,6 +223,37 @@ def test_counts_are_tokens_times_top_k(engine: Engine, tmp_path: Path) -> None:
     status, answer = engine.server.request("GET", API + "/stats?mask=sha256:" + "0" * 64)
     assert (status, answer["error"]["type"]) == (404, "nothing_counted")
     engine.client.switch(None)
+
+
+def test_tags_of_the_call_that_takes_ids(engine: Engine, tmp_path: Path) -> None:
+    """vLLM's; of SGLang all tests here ask such a call."""
+    if engine.name != "vllm":
+        pytest.skip("SGLang has no other")
+
+    def ask(number: int, header: str | None, **extra: Any) -> tuple[int, Any]:
+        sampling = {"max_tokens": 4, "temperature": 0, "ignore_eos": True, "detokenize": False, **extra}
+        body = {"token_ids": random_prompts(1, 20, seed=600 + number)[0], "sampling_params": sampling}
+        call = urllib.request.Request(engine.client.url + TOKENS_CALL, json.dumps(body).encode(), {"content-type": "application/json"})
+        if header is not None:
+            call.add_header("X-Softprune-Tag", header)
+        try:
+            with urllib.request.urlopen(call, timeout=120) as response:
+                return response.status, json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    engine.client.reset_stats()
+    engine.client.start_stats("router")
+    epoch = engine.client.status()["mask_epoch"]
+    for number, (header, extra) in enumerate((("chat", {}), (None, {"extra_args": {"softprune_tag": "code"}}), (None, {}))):
+        status, answer = ask(number, header, **extra)
+        assert (status, answer["softprune"]) == (200, {"epochs": [epoch]})
+    status, answer = ask(3, "chat", extra_args={"softprune_tag": "code"})
+    assert (status, answer["error"]["type"]) == (400, "invalid_tag")
+    engine.client.stop_stats()
+    found = engine.fetch(tmp_path)
+    for tag in TAGS:
+        assert (found.header.tokens[tag].prefill, found.header.tokens[tag].decode) == (20, 3)
 
 
 def _traffic(engine: Engine, seed: int) -> dict[str, dict[str, int]]:

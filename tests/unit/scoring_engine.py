@@ -1,7 +1,7 @@
 """An engine that scores prompts by a table: what comes after a token depends on that token and on the mask in force.
 
-`ScoringEngine` answers as vLLM 0.32.0 and SGLang 0.5.17 do, served alone or beneath softprune's own control API (`fake_control`); its
-faults are those that an evaluation has to notice.
+`ScoringEngine` answers as vLLM 0.32.0, vLLM 0.26.0 (whose call that takes ids is open) and SGLang 0.5.17 do, served alone or beneath
+softprune's own control API (`fake_control`); its faults are those that an evaluation has to notice.
 """
 
 from __future__ import annotations
@@ -66,6 +66,11 @@ class ScoringEngine(FakeEngine):
         self.names_epochs = False
 
     @property
+    def takes_tokens(self) -> bool:
+        """Whether it is a vLLM whose call that takes ids is open."""
+        return self.name == "vLLM 0.26.0"
+
+    @property
     def native(self) -> bool:
         """Whether it is SGLang."""
         return self.name.startswith("SGLang")
@@ -91,9 +96,19 @@ class ScoringEngine(FakeEngine):
                 return await _answer(send, status, json.dumps({"object": "error", **error} if self.native else {"error": error}).encode())
             ids = self.tokenizer(json.loads(body)["prompt"], add_special_tokens=False)["input_ids"]
             return await _answer(send, 200, json.dumps({"tokens": ids, "count": len(ids), "max_model_len": 4096}).encode())
+        if path == "/inference/v1/generate" and not self.native:
+            if not self.takes_tokens:
+                return await _answer(send, 403, b'{"error": {"message": "Scale-out endpoints are disabled."}}')
+            return await self._scores_of_ids(json.loads(body), send)
         if path != ("/generate" if self.native else "/v1/completions"):
             return await _answer(send, 404, b'{"detail": "Not Found"}')
         return await self._scores(json.loads(body), send)
+
+    async def _scores_of_ids(self, body: dict[str, Any], send: Any) -> None:
+        if "token_ids" not in body:
+            return await _answer(send, 400, b'{"error": {"message": "token_ids: Field required"}}')
+        assert body["sampling_params"]["detokenize"] is False
+        return await self._scores({"prompt": body["token_ids"], **body["sampling_params"]}, send)
 
     async def _scores(self, body: dict[str, Any], send: Any) -> None:
         ids = body["input_ids" if self.native else "prompt"]
@@ -130,6 +145,8 @@ class ScoringEngine(FakeEngine):
             entries[-1] = {"7": entries[-1][str(ids[-1])]}
         entries = entries[:-5] if fault == "truncated" else entries
         given = None if fault == "absent" else ["x"] * len(ids) if fault == "shape" else entries
+        if self.takes_tokens:
+            return {"request_id": "generate-tokens-1", "choices": [{"index": 0, "token_ids": [1]}], "prompt_logprobs": given}
         return {"id": "cmpl-1", "choices": [{"index": 0, "text": "", "logprobs": None, "prompt_logprobs": given}]}
 
     def _sglang(self, ids: list[int], rows: list[Any], asked: int, fault: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from tests.unit.scoring_engine import ScoringEngine, expected, served
 SIZES = Sizes((32, 64), 12)
 NAMES = ("chat_if", "code")
 FILES = [TINY / "packs" / f"{name}.parquet" for name in NAMES]
-ENGINES = ("vLLM 0.32.0", "SGLang 0.5.17")
+ENGINES = ("vLLM 0.32.0", "SGLang 0.5.17", "vLLM 0.26.0")
 Start = Callable[..., ServedFake]
 
 

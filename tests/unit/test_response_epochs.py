@@ -22,6 +22,7 @@ def finished() -> RequestIndex:
         ("cmpl-1-0-f00df00d", [0]),
         ("cmpl-1-1-f00df00d", [0, 2]),
         ("chatcmpl-2-abcdabcd", [3]),
+        ("generate-tokens-7b-abcdabcd", [5]),
         ("a1", [1]),
         ("b2", [1, 4]),
     ):
@@ -62,6 +63,12 @@ def test_a_whole_body(finished: RequestIndex, separators: tuple[str, str]) -> No
     assert json.loads(sent["body"]) == {**document, "softprune": {"epochs": [0, 2]}}
     assert dict(start["headers"])[b"Content-Length"] == str(len(sent["body"])).encode()
     assert start["headers"][0] == JSON[0]
+
+
+def test_the_call_that_takes_ids_names_its_request_otherwise(finished: RequestIndex) -> None:
+    body = b'{"request_id":"generate-tokens-7b","choices":[],"prompt_logprobs":null}'
+    _, sent = through(answer(body, headers=sized(body)), finished)
+    assert json.loads(sent["body"])["softprune"] == {"epochs": [5]}
 
 
 def test_a_body_in_front_of_an_empty_one(finished: RequestIndex) -> None:
