@@ -5,9 +5,8 @@ Nothing here touches the network or the clock.
 Passes are measured in the order A B B A A B B A …, so that in a row of pairs A comes first as often as B does: a drift of the machine's
 speed adds to one pair what it takes from the next. The interval is a percentile bootstrap of the median of the pairs' log ratios, made
 honest for few pairs in two ways: it is symmetric (the 95 % quantile of the distance from the median, so a slow pass on one side does not
-leave the other side without a bound), and that distance is multiplied by t(n - 1) / z x sqrt(n / (n - 1)), as for a mean of n values (the
-expansion of Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 5.3). The plain percentile bootstrap of a median is
-not honest: of three pairs it holds the truth in 73 % of trials.
+leave the other side without a bound), and that distance is widened for few pairs (`softprune.few_samples`). The plain percentile bootstrap
+of a median is not honest: of three pairs it holds the truth in 73 % of trials.
 
 What it does in 2,000 trials of simulated noise, B 3 % faster than A (`tests/unit/noise.py`: "quiet" passes differ by 0.4 %; "stalls" drift
 by 1.5 %, differ by 0.5 % besides, and 1 pass in 20 loses 5 to 40 %): how often the interval holds the truth, its median half-width, and
@@ -32,17 +31,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from softprune import few_samples
+
 Verdict = Literal["faster", "slower", "within noise", "too few pairs"]
 
-ENOUGH = 3
+ENOUGH = few_samples.LEAST
 """Pairs below which no interval is told."""
 CONFIDENCE, RESAMPLES = 0.95, 10_000
-_Z = 1.960
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom from 2; the last one also stands for more.
-_T = (
-    4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,8 +105,7 @@ def half_width(logs: NDArray[np.float64], seed: int = 0) -> float:
     n = len(logs)
     samples = logs[np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))]
     distance = float(np.quantile(np.abs(np.median(samples, axis=1) - np.median(logs)), CONFIDENCE))
-    t = _T[min(n - ENOUGH, len(_T) - 1)]
-    return distance * t / _Z * math.sqrt(n / (n - 1))
+    return distance * few_samples.widening(n)
 
 
 def order(pairs: int) -> str:

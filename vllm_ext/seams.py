@@ -179,8 +179,8 @@ def platform() -> str:
 def call_ids(request_id: str) -> set[str]:
     """The ids that a client may know one of vLLM's requests by.
 
-    Of a call "cmpl-x", vLLM makes "cmpl-x-0", "cmpl-x-1" for its prompts, "0_cmpl-x" for further answers, and adds "-" and eight
-    random digits to each.
+    Of a call "cmpl-x" (or "chatcmpl-x", "generate-tokens-x"), vLLM makes "cmpl-x-0", "cmpl-x-1" for its prompts, "0_cmpl-x" for
+    further answers, and adds "-" and eight random digits to each.
     """
     bare = re.sub(r"^\d+_", "", request_id)
     call = re.sub(r"-[0-9a-f]{8}$", "", bare)

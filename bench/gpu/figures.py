@@ -124,7 +124,7 @@ def _max_batch_headlines(searches: Documents, results: Path, raw: str) -> Iterat
     figures: dict[str, tuple[float, str]] = {}
     for card in sorted({one["notes"]["card_gib"] for one in searches}):
         stem = f"sglang.max_batch_{card}gib"
-        no_room = [one for one in searches if one["notes"]["card_gib"] == card and one["tries"] == []]
+        no_room = [one for one in searches if one["notes"]["card_gib"] == card and one["max_batch"] is None and one["error"] is None]
         figures |= {f"{stem}.{one['notes']['variant']}": (0, "requests") for one in no_room}
         found = {one["notes"]["variant"]: one for one in searches if one["notes"]["card_gib"] == card and one["max_batch"]}
         for variant, one in list(found.items()):

@@ -189,7 +189,7 @@ def _deltas(one: Cell, other: Cell, plane: Plane, cc_quantile: float, seed: int)
     bins = plane.low_bins(one.metrics["x_thr"], one.metrics["h_thr"])
     base_rate, rate = (confident_conflict(side.counts, bins)["LL"] / side.tokens for side in (one, other))
     values["cc_rate_base_thr"] = rate - base_rate
-    if one.blocks is None or other.blocks is None or np.count_nonzero(one.blocks.tokens) < MIN_BLOCKS:
+    if one.blocks is None or other.blocks is None or (num_blocks := int(np.count_nonzero(one.blocks.tokens))) < MIN_BLOCKS:
         return {name: Interval(value) for name, value in values.items()}
     draws = draw_blocks(len(one.blocks.tokens), seed)
     left, right = (Drawn.of(blocks, draws, plane, cc_quantile) for blocks in (one.blocks, other.blocks))
@@ -199,7 +199,7 @@ def _deltas(one: Cell, other: Cell, plane: Plane, cc_quantile: float, seed: int)
     # drawing them anew would ask about another region in every other draw.
     fixed = [cc_rates(blocks, draws, plane, np.tile(bins, (len(draws), 1))) for blocks in (one.blocks, other.blocks)]
     drawn["cc_rate_base_thr"] = fixed[1] - fixed[0]
-    return {name: Interval.of(value, drawn[name]) for name, value in values.items()}
+    return {name: Interval.of(value, drawn[name], num_blocks) for name, value in values.items()}
 
 
 def _divergence(one: Cell, other: Cell, seed: int, plane: Plane, by: int) -> Js2d:

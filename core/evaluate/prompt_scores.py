@@ -167,7 +167,7 @@ def _from_vllm(answer: Any, ids: list[int], places: list[int], wrong: _Wrong) ->
             found.append(_number(own["logprob"]))
         lists = [np.array([_number(one["logprob"]) for one in entries[place].values()]) for place in places]
     except (AttributeError, KeyError, TypeError):
-        raise wrong("log-probabilities in another form", "those of vLLM's completions") from None
+        raise wrong("log-probabilities in another form", "those of vLLM") from None
     return np.array([np.nan, *found])[places], lists
 
 

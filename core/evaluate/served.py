@@ -112,13 +112,13 @@ def _engine(client: ServerClient) -> tuple[Engine, str, Mapping[str, Any]]:
 
 
 def _takes_tokens(client: ServerClient) -> bool:
-    """Whether a call that lacks everything is refused for that: it is not there in older vLLMs, and closed in newer ones (403)."""
+    """Whether a call that lacks everything is refused for what it lacks: it is not there in older vLLMs, and closed in newer ones (403)."""
     try:
         client.post(TOKENS_CALL, {})
     except ServerCallError as error:
         if error.status is None:
             raise
-        return error.status in (400, 422)
+        return error.status in (400, 422) and "token_ids" in error.message
     return False
 
 

@@ -73,15 +73,14 @@ def stable(models: Any, masks: Any, sliced: Any, tmp_path_factory: pytest.TempPa
         path = masks[name][1]
         jobs.append(job(f"{name} masked", models[name], {"expert_mask": path}))
         jobs.append(job(f"{name} sliced", sliced[name]))
+        jobs.append(job(f"{name} in float32 masked", models[name], {"expert_mask": path, "debug_routes": True}, args={"dtype": "float32"}))
+        jobs.append(job(f"{name} in float32 sliced", sliced[name], args={"dtype": "float32"}))
         jobs.append(job(f"{name} reloaded", models[name], {"expert_mask": path, "debug_routes": True}, rpc=[{"method": "reload_weights"}]))
     synth_checkpoint("tiny", folder / "other", seed=99)
     refused = [{"method": method} for method in REFUSED_CALLS]
     refused += [{"method": "reload_weights", "kwargs": {"weights_path": str(path)}} for path in (folder / "other", folder / "missing")]
     jobs.append(job("refused calls", models["gpt-oss"], {"expert_mask": masks["gpt-oss"][1]}, rpc=refused))
     jobs.append(job("top2 masked", models["gpt-oss"], {"expert_mask": masks["gpt-oss-top2"][1], "debug_routes": True}))
-    float32 = {"dtype": "float32"}
-    jobs.append(job("float32 masked", models["gpt-oss"], {"expert_mask": masks["gpt-oss"][1], "debug_routes": True}, args=float32))
-    jobs.append(job("float32 sliced", sliced["gpt-oss"], args=float32))
     jobs.append(job("top2 sliced", sliced["gpt-oss-top2"], args={"hf_overrides": {"num_experts_per_tok": 2}}))
     return run_offline(jobs, folder / "run", STABLE)
 
@@ -159,7 +158,7 @@ def test_one_unmasked_layer_is_noticed(models: Any, masks: Any, tmp_path: Path) 
     assert [count > 0 for count in pruned_by_layer] == [False, False, True, False]
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe", "top2", "float32"])
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe", "top2", "gpt-oss in float32", "qwen3-moe in float32"])
 def test_masked_equals_sliced_exactly(stable: Any, name: str, evidence: Evidence) -> None:
     masked, sliced = stable[f"{name} masked"], stable[f"{name} sliced"]
     assert masked["tokens"] == sliced["tokens"]
@@ -172,8 +171,9 @@ def test_top_k_really_shrinks(stable: Any, masks: Any) -> None:
     check_routes(stable["top2 masked"], masks["gpt-oss-top2"][0], computed(FEW))
 
 
-def test_float32_obeys_the_mask(stable: Any, masks: Any) -> None:
-    check_routes(stable["float32 masked"], masks["gpt-oss"][0], computed(FEW))
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])
+def test_float32_obeys_the_mask(stable: Any, masks: Any, name: str) -> None:
+    check_routes(stable[f"{name} in float32 masked"], masks[name][0], computed(FEW))
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3-moe"])

@@ -418,10 +418,10 @@ def test_largest_batches_become_headlines(tmp_path: Path, capsys: pytest.Capture
         document = {
             "format": "softprune.max-batch", "version": 1, "engine": {"name": "SGLang", "version": "1"}, "model": "base", "gpu": "G",
             "server_flags": {}, "notes": {"variant": variant, "card_gib": str(card)}, "max_batch": batch, "result": result,
-            "next_failed": batch + 1, "tries": [{"batch": batch}],
+            "next_failed": batch + 1, "error": None,
         }  # fmt: skip
         (raw / f"{card}{variant}.json").write_text(json.dumps(document))
-    no_room = {**document, "notes": {"variant": "unmasked", "card_gib": "24"}, "max_batch": None, "result": None, "tries": []}
+    no_room = {**document, "notes": {"variant": "unmasked", "card_gib": "24"}, "max_batch": None, "result": None}
     (raw / "24unmasked.json").write_text(json.dumps(no_room))
     write_figures(raw, results)
     figures = {name: (one["value"], one["unit"]) for name, one in headline.read(results / "headline.json").items()}

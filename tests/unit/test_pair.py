@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from softprune.cli import app
-from softprune.evaluate.bootstrap import Drawn, cc_rates, draw_blocks
+from softprune.evaluate.bootstrap import Drawn, Interval, cc_rates, draw_blocks
 from softprune.evaluate.evaluation import of
 from softprune.evaluate.gate_result import GateResult
 from softprune.evaluate.gates import NEAR_LOSSLESS, read
@@ -145,6 +145,19 @@ def test_intervals_cover_the_truth() -> None:
             assert high is not None
             covered[name] += low <= value <= high
     assert all(count >= 52 for count in covered.values()), f"{covered} of {tries}; 95 % are 57"
+
+
+def test_intervals_of_few_blocks_hold_what_they_say() -> None:
+    """Means of 8 normal values, whose plain percentile bootstrap holds the truth in less than 91 % of tries."""
+    rng, tries, draws = np.random.default_rng(0), 1500, draw_blocks(8, seed=1) / 8
+    covered = {"plain": 0, "widened": 0}
+    for values in rng.normal(size=(tries, 8)):
+        interval = Interval.of(values.mean(), draws @ values, 8)
+        low, high = np.quantile(draws @ values, [0.025, 0.975])
+        covered["plain"] += low <= 0 <= high
+        covered["widened"] += interval.low <= 0 <= interval.high
+    assert covered["plain"] < 0.91 * tries
+    assert 0.935 * tries < covered["widened"] < 0.965 * tries
 
 
 def test_a_row_that_is_missing() -> None:
