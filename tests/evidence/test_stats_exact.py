@@ -3,7 +3,7 @@
 Run alone: pytest tests/evidence/test_stats_exact.py
 The trained gpt-oss, dequantised; the engine computes in BF16, the reference in float32 and, beside it, in BF16. Where routing is forced, so
 that no rounding decides it, counts are equal; on text, near-ties fall either way, and the figures say how often. Where both compute in
-float32, they are equal to 0.1 %, and were but for one selection of 393,216.
+float32, they are equal to 0.1 %, and were but for one or two selections of 393,216.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from softprune.server_client import ServerClient
 from softprune.stats.file import read_header
 from tests.conftest import Evidence, random_mask
 from tests.engines.harness import BASE_ENV, VllmServer
-from tests.sweeping import KEEPS, METHODS, PACKS, SEQ_LEN, files, prepare, shown, softprune, sweeps
+from tests.sweeping import KEEPS, METHODS, PACKS, SEQ_LEN, files, prepare, shown, softprune, sweep, sweeps
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3000)]
 MIN_TOKENS, SECONDS = 16_000, 30 * 60
@@ -46,8 +46,11 @@ def server(models: dict[str, Path], work: Path) -> Iterator[VllmServer]:
 def test_a_sweep(server: VllmServer, work: Path, evidence: Evidence) -> None:
     url, key, before = f"http://127.0.0.1:{server.port}", server.key or "", time.monotonic()
     client, process = ServerClient(url, key), server.process.pid
-    document, cells = sweeps(url, key, work, Path(server.model), ["--decode-batch", 8, "--decode-tokens", 32])
+    decode = ["--decode-batch", 8, "--decode-tokens", 32]
+    sweep(url, key, work, Path(server.model), decode)
     seconds = time.monotonic() - before
+    document, cells = sweeps(url, key, work, Path(server.model), decode)
+    total = time.monotonic() - before
     softprune(key, "report", work / "sweep", "-o", work / "sweep.html")
     assert (server.process.poll(), server.process.pid) == (None, process)
     assert client.status()["mask"] is None
@@ -57,7 +60,8 @@ def test_a_sweep(server: VllmServer, work: Path, evidence: Evidence) -> None:
         found = evaluation.read(work / "sweep" / cell["evaluation"])
         tokens[cell["label"]] = {pack: found.cell(pack, SEQ_LEN).tokens for pack in (*PACKS, UNION)}
     least = min(count for one in tokens.values() for count in one.values())
-    evidence("sweep.vllm_cpu", {"seconds": seconds, "least_tokens": least, "tokens": tokens["base"], "cells": cells})
+    sizes = {"least_tokens": least, "tokens": tokens["base"]}
+    evidence("sweep.vllm_cpu", {"seconds": seconds, "total_seconds": total, **sizes, "cells": cells})
     assert least >= MIN_TOKENS
     assert seconds < SECONDS
     first = shown(document)
