@@ -124,9 +124,10 @@ def _max_batch_headlines(searches: Documents, results: Path, raw: str) -> Iterat
     figures: dict[str, tuple[float, str]] = {}
     for card in sorted({one["notes"]["card_gib"] for one in searches}):
         stem = f"sglang.max_batch_{card}gib"
-        no_room = [one for one in searches if one["notes"]["card_gib"] == card and one["max_batch"] is None and one["error"] is None]
+        of_card = [one for one in searches if one["notes"]["card_gib"] == card]
+        no_room = [one for one in of_card if one["max_batch"] is None and one["error"] is None]
         figures |= {f"{stem}.{one['notes']['variant']}": (0, "requests") for one in no_room}
-        found = {one["notes"]["variant"]: one for one in searches if one["notes"]["card_gib"] == card and one["max_batch"]}
+        found = {one["notes"]["variant"]: one for one in of_card if one["max_batch"]}
         for variant, one in list(found.items()):
             if one["next_failed"] not in (None, one["max_batch"] + 1):
                 typer.echo(f"{stem}.{variant}: no headline: at least {one['max_batch']} run, {one['next_failed']} do not")

@@ -23,7 +23,6 @@ from softprune.bench.tiny.weights import TRAINED
 from softprune.errors import InputError
 from softprune.evaluate import evaluation, gates
 from softprune.evaluate.eval_packs import PackSet, Sizes, load
-from softprune.evaluate.eval_shown import evaluated
 from softprune.evaluate.evaluate import EvalSettings, evaluate
 from softprune.evaluate.gate_result import GateResult
 from softprune.evaluate.js2d import paired
@@ -119,7 +118,7 @@ def test_base_against_base(noise: tuple[Path, GateResult], served: ServerClient,
     for row in result.rows:
         assert abs(row.delta["rel_ppl"].value) < 1e-3  # where batches differ, of 95 % intervals one in twenty does not hold 0
     second = evaluation.read(folder / "second.json")
-    again = evaluated(served, packs, folder / "again.json", EvalSettings(label="again", concurrency=1), QUIET, print)
+    again = evaluate(served, packs, folder / "again.json", EvalSettings(label="again", concurrency=1))
     repeated = compare(second, again, GATES)
     evidence("eval.exact.base_against_base", figures(repeated))
     for one in (repeated, compare(second, second, GATES)):

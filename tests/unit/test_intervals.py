@@ -8,6 +8,7 @@ from itertools import islice
 import pytest
 
 from softprune.bench.intervals import ENOUGH, Ratio, order, ratio
+from softprune.few_samples import LEAST, widening
 from tests.unit.noise import Noise
 
 NOISES = {
@@ -85,3 +86,14 @@ def test_sentences() -> None:
 
 def test_order() -> None:
     assert [order(n) for n in (1, 2, 5)] == ["AB", "ABBA", "ABBAABBAAB"]
+
+
+@pytest.mark.parametrize(("n", "t"), [(3, 4.3027), (8, 2.3646), (31, 2.0423), (32, 2.0395), (101, 1.9840), (512, 1.9646)])
+def test_widening_is_by_students_t(n: int, t: float) -> None:
+    """Quantiles of its tables; the last of ours and the first of the expansion are neighbours."""
+    assert widening(n) == pytest.approx(t / 1.96 * math.sqrt(n / (n - 1)), rel=0.002)
+
+
+def test_widening_of_too_few() -> None:
+    with pytest.raises(ValueError, match="no interval of 2 samples; at least 3"):
+        widening(LEAST - 1)
