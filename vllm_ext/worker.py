@@ -50,6 +50,7 @@ class ExpertMaskWorker:
             super().load_model(*args, **kwargs)  # type: ignore[misc]
         model = self._model()
         model.backend = self._proven_backend()
+        model.fit_kernels()
         self._verify()
         if self._launch.debug_routes:
             self._attach_probe(model.add_probe())

@@ -1,7 +1,7 @@
 """The benchmark matrices on a GPU host, unattended.
 
-    python -m softprune.bench.gpu sglang|vllm|headroom WORK_DIR OUT_DIR [--limit-s 570] [--only ROW …] [--resume]
-    python -m softprune.bench.gpu plan sglang|vllm|headroom
+    python -m softprune.bench.gpu sglang|vllm|headroom WORK_DIR OUT_DIR [--started] [--limit-s 570] [--only ROW …] [--resume]
+    python -m softprune.bench.gpu plan sglang|vllm|headroom|sglang_started|vllm_started
     python -m softprune.bench.gpu figures OUT_DIR
 
 One GPU of 80 GB or more, 45 GB of disk in WORK_DIR, and the engine installed beside softprune; nothing else runs on the GPU. A run ends
@@ -36,6 +36,7 @@ Work = Annotated[Path, typer.Argument(metavar="WORK_DIR", help="Folder for check
 Out = Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Folder for raw files, one a row.")]
 Limit = Annotated[float, typer.Option("--limit-s", help="Seconds that the run may take, preparation and ending of servers included.")]
 Only = Annotated[list[str] | None, typer.Option(help="Measure these rows only; may be repeated.")]
+Started = Annotated[bool, typer.Option("--started", help="The rows of servers that start with their mask.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the rows that are in OUT_DIR.")]
 
 
@@ -50,16 +51,21 @@ PresetOption = Annotated[Preset, typer.Option(help="tiny: the small trained mode
 
 
 @app.command()
-def sglang(work: Work, out: Out, limit_s: Limit = 570, only: Only = None, resume: Resume = False) -> None:
+def sglang(work: Work, out: Out, limit_s: Limit = 570, only: Only = None, resume: Resume = False, started: Started = False) -> None:
     """SGLang: unmasked, masked, rewritten and top_k 2, at batch 1 to 256."""
-    _matrix("sglang", LAUNCHERS["sglang"](), work, out, limit_s, only, resume)
+    _matrix("sglang_started" if started else "sglang", LAUNCHERS["sglang"](), work, out, limit_s, only, resume)
 
 
 @app.command()
-def vllm(work: Work, out: Out, limit_s: Limit = 570, only: Only = None, resume: Resume = False, preset: PresetOption = Preset.full) -> None:
+def vllm(
+    work: Work, out: Out, limit_s: Limit = 570, only: Only = None, resume: Resume = False, started: Started = False,
+    preset: PresetOption = Preset.full,
+) -> None:  # fmt: skip
     """vLLM: unmasked, masked, rewritten and top_k 2, at batch 32 and 128."""
-    launcher: Launcher = VllmCpu() if preset is Preset.tiny else LAUNCHERS["vllm"]()
-    _matrix("vllm" if preset is Preset.full else "tiny", launcher, work, out, limit_s, only, resume)
+    if preset is Preset.tiny:
+        _matrix("tiny", VllmCpu(), work, out, limit_s, only, resume)
+    else:
+        _matrix("vllm_started" if started else "vllm", LAUNCHERS["vllm"](), work, out, limit_s, only, resume)
 
 
 @app.command()
@@ -71,7 +77,7 @@ def headroom(work: Work, out: Out, limit_s: Limit = 570, only: Only = None, resu
 
 
 @app.command()
-def plan(what: Annotated[str, typer.Argument(help="sglang, vllm, tiny or headroom.")]) -> None:
+def plan(what: Annotated[str, typer.Argument(help="sglang, vllm, sglang_started, vllm_started, tiny or headroom.")]) -> None:
     """Print the rows, in order, with the seconds that they are thought to take."""
     if what == "headroom":
         rows = Headroom(LAUNCHERS["sglang"](), Shape(), Path(), Store(Path("none")), Budget(0)).rows

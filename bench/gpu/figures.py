@@ -29,13 +29,16 @@ from softprune.files import write_whole
 MOST_BYTES = 3_000_000
 """Of all files under bench/results."""
 _OVER_UNMASKED = ("keep24", "keep16", "keep24_rewritten", "keep16_rewritten", "top2", "keep24_top2")
+_STARTED = ("keep24_started", "keep16_started")
 PAIRS: Mapping[tuple[str, str], str] = {
     ("keep24_rewritten", "keep24"): "keep24_masked_over_rewritten",
     ("keep16_rewritten", "keep16"): "keep16_masked_over_rewritten",
+    **{(one.replace("started", "rewritten"), one): f"{one}_over_rewritten" for one in _STARTED},
     **{("unmasked", one): f"{one}_over_unmasked" for one in _OVER_UNMASKED},
 }
 """(A, B): what B over A is called."""
 HEADLINE_TOKENS = 2048
+"""New tokens of rows that are headlines; of servers that started with their mask, whose batches have one length each, all are."""
 Documents = Sequence[Mapping[str, Any]]
 
 
@@ -74,12 +77,16 @@ def write_figures(raw: Path, results: Path) -> list[str]:
         raise InputError(str(raw), "", "no rows", "raw files of a run")
     _check_alike(documents, raw)
     written: list[str] = []
-    for engine in sorted({one["engine"]["name"].lower() for one in by_format["decode-benchmark"]}):
-        rows = [one for one in by_format["decode-benchmark"] if one["engine"]["name"].lower() == engine]
+    of_kind: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in by_format["decode-benchmark"]:
+        kind = "started" if one["notes"]["phase"].startswith("started") else "decode"
+        of_kind.setdefault((one["engine"]["name"].lower(), kind), []).append(one)
+    for (engine, kind), rows in sorted(of_kind.items()):
         ratios = compared(rows)
-        name = f"{engine}_decode_gpu.json"
+        name = f"{engine}_{kind}_gpu.json"
         _write(results / name, packed(rows, f"softprune.bench.gpu {engine}", ratios))
-        written += [name, *_picture(results / name), *_decode_headlines(engine, ratios, results, name)]
+        pictures = _picture(results / name) if kind == "decode" else ()
+        written += [name, *pictures, *_decode_headlines(engine, ratios, results, name)]
     if searches := by_format["max-batch"]:
         name = "sglang_max_batch_gpu.json"
         memory = [one for one in documents if one["format"] == "softprune.gpu-memory"]
@@ -114,7 +121,8 @@ def _check_alike(documents: Documents, raw: Path) -> None:
 
 def _decode_headlines(engine: str, ratios: list[dict[str, Any]], results: Path, raw: str) -> Iterator[str]:
     for one in ratios:
-        if one["setting"]["max_new_tokens"] == HEADLINE_TOKENS and len(one["ratio"]["pairs"]) >= ENOUGH:
+        of_length = one["setting"]["max_new_tokens"] == HEADLINE_TOKENS or one["b"] in _STARTED
+        if of_length and len(one["ratio"]["pairs"]) >= ENOUGH:
             name = f"{engine}.decode.{PAIRS[one['a'], one['b']]}.bs{one['batch']}"
             record(results / "headline.json", name, round(one["ratio"]["median"], 4), "ratio", raw)
             yield name

@@ -41,7 +41,7 @@ class Launcher(ABC):
     metrics_args: tuple[str, ...] = ()
 
     def start(self, served: Served, work: Path, kv_tokens: int, max_batch: int, *more: str) -> Server:
-        """A server process, not yet ready; softprune is in it if the plan says so, without a mask."""
+        """A server process, not yet ready; softprune is in it if the plan says so, with the mask that it says."""
         port = free_port()
         env = {**ENV, **self.env(kv_tokens), **({} if served.is_patched else self.unpatched)}
         return Server(self.command_of(served, work, port, kv_tokens, max_batch, *more), port, work / f"{served.name}.log", KEY, env)
@@ -53,6 +53,8 @@ class Launcher(ABC):
             command += ["--softprune-control"]
         if served.top_k is not None:
             command += ["--expert-top-k", str(served.top_k)]
+        if served.mask is not None:
+            command += ["--expert-mask", str(work / served.mask_file)]
         return [*command, *more]
 
     @property

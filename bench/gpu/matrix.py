@@ -13,12 +13,13 @@ import typer
 
 from softprune.bench.decode import Workload, local_gpus, measure
 from softprune.bench.gpu.launchers import Launcher
-from softprune.bench.gpu.plan import VARIANTS, Phase, Row
+from softprune.bench.gpu.plan import VARIANTS, Phase, Row, Variant
 from softprune.bench.gpu.prepare import masks_for, prepare, prepare_seconds
 from softprune.bench.gpu.run_file import facts_of
 from softprune.bench.gpu.session import Budget, Store, booted
 from softprune.bench.server import Server
 from softprune.errors import InputError, SoftpruneError
+from softprune.files import write_whole
 from softprune.server_client import ServerClient
 
 WARM_TOKENS = 8
@@ -75,6 +76,9 @@ class Matrix:
             prepare(self.work, models, self.launcher.preset)
             self.store.measured_with(facts_of(self.launcher, self.work))
             self.masks = masks_for(self.work)
+            for served in servers:
+                if served.mask is not None:
+                    write_whole(self.work / served.mask_file, self.masks[served.mask].dump())
             typer.echo(f"{phase.name}: {len(servers)} servers at once on this device, {len(rows)} rows")
             room = max(phase.kv_tokens, max(row.kv_tokens for row in rows))
             seconds = self.budget.left - _first_round(rows)
@@ -106,7 +110,7 @@ class Matrix:
 
     def _row(self, row: Row, server: Server, notes: dict[str, str]) -> None:
         began = time.monotonic()
-        self._put(server, VARIANTS[row.variant].keep, VARIANTS[row.variant].server.is_patched)
+        self._put(server, VARIANTS[row.variant])
         seed = zlib.crc32(f"{row.round}/{row.max_new_tokens}".encode())
         if (server.port, row.batch) not in self._warm:
             self._send(row, server, Workload(row.prompt_tokens, WARM_TOKENS, seed + 1, self.launcher.token_ids), {})
@@ -128,9 +132,10 @@ class Matrix:
         if bool(found) != variant.server.is_patched or (found.get("mask_hash"), found.get("top_k")) != (mask, top_k):
             raise NotMeasuredError(f"{row.name}: found {found}; expected mask {mask}, top_k {top_k or 'as the model has it'}")
 
-    def _put(self, server: Server, keep: int | None, patched: bool) -> None:
+    def _put(self, server: Server, variant: Variant) -> None:
         """Put the row's mask in force, and see that every router obeys it."""
-        if not patched or self._masks.setdefault(server.port, None) == keep:
+        served, keep = variant.server, variant.keep
+        if not served.is_patched or self._masks.setdefault(server.port, served.mask) == keep:
             return
         self._masks[server.port] = UNKNOWN
         client = ServerClient(f"http://127.0.0.1:{server.port}", server.key)

@@ -26,12 +26,14 @@ class Served:
         name: of the server.
         keep: experts that its checkpoint was rewritten to; None for the whole one.
         top_k: experts per token, if not the model's own.
+        mask: experts that the mask keeps which it starts with; None for no mask.
         is_patched: whether softprune is in it; a rewritten checkpoint needs nothing but the engine.
     """
 
     name: str
     keep: int | None = None
     top_k: int | None = None
+    mask: int | None = None
     is_patched: bool = True
 
     @property
@@ -39,14 +41,20 @@ class Served:
         """The checkpoint's folder."""
         return "base" if self.keep is None else f"rewritten{self.keep}"
 
+    @property
+    def mask_file(self) -> str:
+        """Name of the file of the mask that it starts with."""
+        return f"keep{self.mask}.json"
+
 
 BASE, TOP2, PLAIN = Served("base"), Served("top2", top_k=2), Served("plain", is_patched=False)
 REWRITTEN = {keep: Served(f"rewritten{keep}", keep, is_patched=False) for keep in (24, 16)}
+STARTED = {keep: Served(f"started{keep}", mask=keep) for keep in (24, 16)}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a row measures: a server, and the experts that a live mask keeps (None for no mask)."""
+    """What a row measures: a server, and the experts that its mask keeps (None for no mask), switched live unless it started with it."""
 
     server: Served
     keep: int | None = None
@@ -60,6 +68,7 @@ VARIANTS: Mapping[str, Variant] = {
     "keep16_rewritten": Variant(REWRITTEN[16]),
     "top2": Variant(TOP2),
     "keep24_top2": Variant(TOP2, 24),
+    **{f"keep{keep}_started": Variant(server, keep) for keep, server in STARTED.items()},
 }
 
 
@@ -176,11 +185,31 @@ def vllm() -> tuple[Phase, ...]:
     )
 
 
+def sglang_started() -> tuple[Phase, ...]:
+    """Servers that start with their mask, for which kernels choose their tiles, beside rewritten ones: about 10 minutes."""
+    return tuple(_started("sglang", keep, ((64, 512), (128, 2048))) for keep in (24, 16))
+
+
+def vllm_started() -> tuple[Phase, ...]:
+    """The same in vLLM: about 5 minutes."""
+    return (_started("vllm", 24, ((128, 2048),)),)
+
+
+def _started(engine: str, keep: int, sizes: Sequence[tuple[int, int]]) -> Phase:
+    """Of a mask, the batches at which its tiles and those of the rewritten checkpoint differed, thrice each."""
+    name, variants = f"started {keep}", (f"keep{keep}_started", f"keep{keep}_rewritten")
+    rows = (row for batch, new in sizes for row in rounds(engine, name, variants, batch, new, repeats=3))
+    return Phase(name, 300_000, 128, 90, tuple(rows))
+
+
 def tiny() -> tuple[Phase, ...]:
     """A small one for the small model on a CPU, to try the scripts."""
     few = rounds("tiny", "few", ("unmasked", "keep24", "keep24_rewritten"), 2, 96, repeats=3, prompt_tokens=32)
     top_k = rounds("tiny", "top_k", ("top2", "keep24_top2"), 4, 16, prompt_tokens=32)
-    return Phase("few", 4_096, 8, 60, few), Phase("top_k", 4_096, 8, 45, top_k)
+    started = rounds("tiny", "started 24", ("keep24_started", "keep24_rewritten"), 4, 16, prompt_tokens=32)
+    return Phase("few", 4_096, 8, 60, few), Phase("top_k", 4_096, 8, 45, top_k), Phase("started 24", 4_096, 8, 60, started)
 
 
-PLANS: Mapping[str, Callable[[], tuple[Phase, ...]]] = {"sglang": sglang, "vllm": vllm, "tiny": tiny}
+PLANS: Mapping[str, Callable[[], tuple[Phase, ...]]] = {
+    "sglang": sglang, "vllm": vllm, "sglang_started": sglang_started, "vllm_started": vllm_started, "tiny": tiny,
+}  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ from softprune.runtime.collector import Collector
 from softprune.runtime.expert_norms import Experts
 from softprune.runtime.route_probe import RouteProbe
 from softprune.runtime.router_mask import Router, RouterMask
+from softprune.runtime.tiles import fit_tiles
 
 RouterWeights = tuple[torch.Tensor, torch.Tensor | None]
 """(weight [num_experts, hidden], bias [num_experts] or None) of one router, as loaded."""
@@ -86,6 +88,16 @@ class MaskedModel:
         """
         with self._probe_off():
             self.routers.verify(self.hidden_size, self._dtype)
+
+    def fit_kernels(self) -> None:
+        """Under the mask of the start, if it prunes: have the experts' kernels choose tiles for what it keeps, before graphs are captured.
+
+        A live switch does not change them: graphs hold the kernels that they were captured with, and others would be compiled in serving.
+        """
+        mask = self.routers.mask
+        kept = None if mask is None else statistics.fmean(mask.num_kept)
+        if kept is not None and kept < self.spec.num_experts and fit_tiles(kept, self.spec.num_experts):
+            self._log.info("softprune: the experts' kernels choose their tiles for %g of %d experts", kept, self.spec.num_experts)
 
     @contextmanager
     def _probe_off(self) -> Iterator[None]:

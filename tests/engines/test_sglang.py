@@ -114,8 +114,8 @@ def test_server_refuses_to_start(starts: dict[str, str], name: str) -> None:
 
 @pytest.mark.timeout(300)
 def test_inside_sglang() -> None:
-    """Tests in SGLang's own process: its parser and its router."""
-    run_tests_inside("test_flags.py test_bench_flags.py test_router.py", {"SOFTPRUNE_TEST_CPU_ATTENTION": "1"})
+    """Tests in SGLang's own process: its parser, its router, and the rule by which its kernels choose tiles."""
+    run_tests_inside("test_flags.py test_bench_flags.py test_router.py test_tiles.py", {"SOFTPRUNE_TEST_CPU_ATTENTION": "1"})
 
 
 @pytest.mark.timeout(300)

@@ -68,8 +68,14 @@ def test_from_a_kill_to_the_figures(tmp_path: Path, evidence: Evidence) -> None:
     third = run(tmp_path, "--resume", "--limit-s", "20")
     assert third.returncode == 0
     assert "top_k: 45 s and a first round of" in third.stdout
-    assert "left: top2.bs4.new16.r1, keep24_top2.bs4.new16.r1" in third.stdout
+    assert "left: top2.bs4.new16.r1, keep24_top2.bs4.new16.r1, keep24_started.bs4.new16.r1" in third.stdout
     assert time.monotonic() - began < 20
+
+    started = "keep24_started.bs4.new16.r1"
+    fourth = run(tmp_path, "--resume", "--only", started)
+    assert "started24: up after" in fourth.stdout, fourth.stderr
+    assert json.loads((out / f"{started}.json").read_text())["softprune"]["num_kept"] == [24] * 4
+    (out / f"{started}.json").unlink()  # so that what follows is of the first phase
 
     documents = [json.loads((out / f"{row.name}.json").read_text()) for row in few]
     for row, document in zip(few, documents, strict=True):

@@ -1,7 +1,7 @@
 """The trained small gpt-oss, as MXFP4, in an engine on a GPU: the sweep of tests/evidence/test_sweep.py, and its verdicts.
 
     python -m tests.gpu.evaluate prepare WORK_DIR                    where PyArrow is; JSON Lines of both halves, 3 MB
-    python -m tests.gpu.evaluate ENGINE WORK_DIR OUT.json [--checkpoint bench/tiny/weights] [--stats STATS.safetensors]
+    python -m tests.gpu.evaluate ENGINE WORK_DIR OUT.json [--checkpoint bench/tiny/weights] [--stats STATS.safetensors[.xz]]
         [--beside CPU_EVIDENCE.json] [--cpu]
 
 The second boots the engine as users do, with CUDA graphs, and runs softprune's own commands against it. `--beside` names evidence that was
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import lzma
 import sys
 import time
 from pathlib import Path
@@ -67,7 +67,9 @@ def main() -> None:
         prepare(arguments.work)
         return
     if arguments.stats is not None:
-        shutil.copyfile(arguments.stats, arguments.work / "stats.safetensors")
+        read = lzma.open if arguments.stats.suffix == ".xz" else open
+        with read(arguments.stats, "rb") as file:
+            (arguments.work / "stats.safetensors").write_bytes(file.read())
     result = measure(ENGINES[arguments.engine](not arguments.cpu), arguments.work, arguments.checkpoint)
     if arguments.beside is not None:
         cpu = json.loads(arguments.beside.read_text())["figures"]["sweep.vllm_cpu"]["cells"]

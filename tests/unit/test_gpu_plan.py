@@ -23,10 +23,11 @@ from softprune.bench.gpu.figures import compared, write_figures
 from softprune.bench.gpu.headroom import Headroom, Shape
 from softprune.bench.gpu.launchers import Sglang, Vllm, VllmCpu
 from softprune.bench.gpu.matrix import Matrix
-from softprune.bench.gpu.plan import PLANS, REWRITTEN, VARIANTS, Phase, Served, rounds
+from softprune.bench.gpu.plan import PLANS, REWRITTEN, VARIANTS, Phase, Served, Variant, rounds
 from softprune.bench.gpu.prepare import prepare
 from softprune.bench.gpu.run_file import facts_of
 from softprune.bench.gpu.session import Budget, Store, stop_leftovers
+from softprune.bench.masks import random_mask
 from softprune.bench.max_batch import Try
 from softprune.bench.report_read import read_rows
 from softprune.bench.server import ServerError
@@ -55,6 +56,8 @@ def test_plans_fit_their_servers(name: str) -> None:
 def test_the_matrix_in_sglang() -> None:
     found = Counter((row.variant, row.batch, row.max_new_tokens) for phase in PLANS["sglang"]() for row in phase.rows)
     for variant in VARIANTS:
+        if variant.endswith("_started"):
+            continue
         assert {(batch, new) for one, batch, new in found if one == variant and new < 8192} == SGLANG
         assert found[variant, 32, 2048] >= 3
     assert {one for one, _, new in found if new == 8192} == {"unmasked", "keep16", "top2"}
@@ -67,6 +70,19 @@ def test_the_matrix_in_vllm() -> None:
     found = Counter((row.variant, row.batch, row.max_new_tokens) for phase in PLANS["vllm"]() for row in phase.rows)
     assert set(found) == {(one, batch, 2048) for one in ("unmasked", "keep24", "keep24_rewritten", "top2") for batch in (32, 128)}
     assert all(found[one, 32, 2048] == 3 for one, _, _ in found)
+
+
+def test_the_matrices_of_servers_that_start_with_their_mask() -> None:
+    found = Counter((row.variant, row.batch, row.max_new_tokens) for phase in PLANS["sglang_started"]() for row in phase.rows)
+    variants = [f"keep{keep}_{kind}" for keep in (24, 16) for kind in ("started", "rewritten")]
+    assert found == {(one, batch, new): 3 for one in variants for batch, new in ((64, 512), (128, 2048))}
+    found = Counter((row.variant, row.batch, row.max_new_tokens) for phase in PLANS["vllm_started"]() for row in phase.rows)
+    assert found == {(one, 128, 2048): 3 for one in ("keep24_started", "keep24_rewritten")}
+    for engine in (Sglang(), Vllm()):
+        command = engine.command_of(VARIANTS["keep24_started"].server, Path("work"), 1, 4096, 128)
+        assert command[command.index("--expert-mask") + 1] == "work/keep24.json"
+        assert "work/base" in command
+        assert "--expert-mask" not in engine.command_of(VARIANTS["keep24"].server, Path("work"), 1, 4096, 128)
 
 
 def test_rounds_go_forwards_and_backwards() -> None:
@@ -192,14 +208,14 @@ class Fakes:
             fakes.boots.append([one.name for one in rooms])
             yield {one.name: Up() for one in rooms if one.name not in broken}
 
-        def put(_: Any, __: Any, keep: int | None, patched: bool) -> None:
-            if patched:
-                fakes.puts.append(keep)
+        def put(_: Any, __: Any, variant: Variant) -> None:
+            if variant.server.is_patched:
+                fakes.puts.append(variant.keep)
 
         monkeypatch.setattr(matrix, "booted", booted)
         monkeypatch.setattr(matrix, "prepare", lambda *_: None)
         monkeypatch.setattr(matrix, "prepare_seconds", lambda *_: 0)
-        monkeypatch.setattr(matrix, "masks_for", lambda _: {})
+        monkeypatch.setattr(matrix, "masks_for", lambda _: {24: random_mask(TRAINED, 24, 1)})
         monkeypatch.setattr(matrix, "facts_of", lambda *_: FACTS)
         monkeypatch.setattr(Matrix, "_put", put)
         monkeypatch.setattr(Matrix, "_check_served", lambda *_: None)  # fake servers do not know masks
@@ -229,8 +245,9 @@ def test_rows_are_kept_and_not_measured_again(server: FakeServer, tmp_path: Path
     assert fakes.boots == [["base"]]
     before = (tmp_path / "out" / "keep24.bs2.new96.r1.json").read_bytes()
     assert run(server, tmp_path, 600).run() == []
-    assert fakes.boots[1:] == [["base", "rewritten24"], ["top2"]]
-    assert fakes.puts == [24, None, 24, None, None, 24, None, 24]
+    assert fakes.boots[1:] == [["base", "rewritten24"], ["top2"], ["started24", "rewritten24"]]
+    assert fakes.puts == [24, None, 24, None, None, 24, None, 24, 24]
+    assert json.loads((tmp_path / "keep24.json").read_text())["keep"] == random_mask(TRAINED, 24, 1).keep
     assert (tmp_path / "out" / "keep24.bs2.new96.r1.json").read_bytes() == before
     document = json.loads(before)
     assert document["notes"]["variant"] == "keep24"
@@ -243,14 +260,15 @@ def test_rows_are_kept_and_not_measured_again(server: FakeServer, tmp_path: Path
         run(server, tmp_path, 600).run()
     (tmp_path / "out" / "keep24.bs2.new96.r2.json").write_bytes(before)
     assert run(server, tmp_path, 600).run() == []
-    assert len(fakes.boots) == 3
+    assert len(fakes.boots) == 4
 
 
 def test_a_round_is_begun_only_if_there_is_time_for_it(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes = Fakes(monkeypatch, server)
     slow = tuple(replace(phase, rows=tuple(replace(row, seconds=10.0) for row in phase.rows)) for phase in PHASES)
-    # A first round is 35 s of two phases 24 s, with their boots and slack.
-    assert {row.name for row in run(server, tmp_path, 30, slow).run()} == {row.name for row in slow[0].rows}
+    # A first round is 35 s, of the other two phases 24 s, with their boots and slack.
+    left = {row.name for row in run(server, tmp_path, 30, slow[:2]).run()}
+    assert left == {row.name for row in slow[0].rows}
     assert fakes.boots == [["top2"]]
     one = run(server, tmp_path / "b", 60)
     keep = one.store.keep
@@ -262,7 +280,7 @@ def test_a_round_is_begun_only_if_there_is_time_for_it(server: FakeServer, tmp_p
     monkeypatch.setattr(Store, "keep", lambda _, name, document: slower(name, document))
     # At fifty times of what was thought, a round of three no longer fits, and one of two does.
     assert {row.round for row in one.run()} == {"few 2", "few 3"}
-    assert len(one.store.names) == 3 + 2
+    assert len(one.store.names) == 3 + 2 + 2
 
 
 def test_a_server_that_is_not_up_leaves_its_rows(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,8 +399,10 @@ def test_figures(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names[:2] == ["vllm_decode_gpu.json", "vllm_decode_ratios.svg"]
     assert set(names[2:]) == {
         "vllm.decode.keep24_over_unmasked.bs2", "vllm.decode.keep24_rewritten_over_unmasked.bs2",
-        "vllm.decode.keep24_masked_over_rewritten.bs2",
+        "vllm.decode.keep24_masked_over_rewritten.bs2", "vllm_started_gpu.json",
     }  # fmt: skip
+    (started,) = json.loads((results / "vllm_started_gpu.json").read_text())["compared"]
+    assert (started["a"], started["b"], started["ratio"]["pairs"]) == ("keep24_rewritten", "keep24_started", pytest.approx([1.2]))
     assert headline.read(results / "headline.json")["vllm.decode.keep24_over_unmasked.bs2"]["value"] == pytest.approx(1.1)
     assert "streams" not in (results / "vllm_decode_gpu.json").read_text().replace("streams, the records", "")
     rows = read_rows([results / "vllm_decode_gpu.json"])
