@@ -115,6 +115,12 @@ def _decode(engine: str, title: str) -> Table:
     return Table((f"{title}, batch 32, 2,048 new tokens", "over unmasked", "masked over rewritten"), rows)
 
 
+def _started(engine: str, title: str) -> Table:
+    batches, name = (64, 128), f"{engine}.decode.keep{{keep}}_started_over_rewritten.bs{{batch}}"
+    rows = tuple((f"keep {keep}", *(name.format(keep=keep, batch=batch) for batch in batches)) for keep in (24, 16))
+    return Table((f"{title}, masked at start over rewritten", *(f"batch {batch}" for batch in batches)), rows)
+
+
 def _max_batch() -> Table:
     variants = {"unmasked": "unmasked", "keep24": "rewritten, keep 24", "keep16": "rewritten, keep 16"}
     rows = []
@@ -132,6 +138,7 @@ TABLES = {
     "statistics": _statistics(),
     "decode.sglang": _decode("sglang", "SGLang"),
     "decode.vllm": _decode("vllm", "vLLM"),
+    "started.sglang": _started("sglang", "SGLang"),
     "max_batch": _max_batch(),
 }
 
