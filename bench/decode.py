@@ -135,7 +135,7 @@ async def about(client: DecodeClient, gpu: str | None) -> dict[str, Any]:
     if status is not None:
         mask = status.get("mask") or {}
         served = {"fingerprint": status.get("fingerprint"), "mask_hash": mask.get("hash"), "num_kept": mask.get("num_kept")}
-        served |= {"top_k": status.get("top_k"), "moe_backend": status.get("moe_backend")}
+        served |= {"top_k": status.get("top_k"), "moe_backend": status.get("moe_backend"), "moe_tiles": status.get("moe_tiles")}
     gpu = (status or {}).get("device") or (local_gpus() if client.loopback else None) or gpu
     about = {"engine": client.engine, "model": client.model, "server_flags": client.flags}
     return {**about, "gpu": pathless(gpu), "softprune": pathless(served)}

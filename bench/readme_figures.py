@@ -116,9 +116,9 @@ def _decode(engine: str, title: str) -> Table:
 
 
 def _started(engine: str, title: str) -> Table:
-    batches, name = (64, 128), f"{engine}.decode.keep{{keep}}_started_over_rewritten.bs{{batch}}"
-    rows = tuple((f"keep {keep}", *(name.format(keep=keep, batch=batch) for batch in batches)) for keep in (24, 16))
-    return Table((f"{title}, masked at start over rewritten", *(f"batch {batch}" for batch in batches)), rows)
+    name = f"{engine}.decode.keep{{}}_started_over_{{}}.bs128"
+    rows = tuple((f"keep {keep}", *(name.format(keep, other) for other in ("rewritten", "live"))) for keep in (24, 16))
+    return Table((f"{title}, batch 128, 2,048 new tokens: masked at start", "over rewritten", "over switched live"), rows)
 
 
 def _max_batch() -> Table:

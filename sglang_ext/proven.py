@@ -86,11 +86,11 @@ PROVEN_BACKENDS: dict[proven.Backend, str] = {
 }
 """(platform, architecture, MoE backend as `routers.backend_of` names the one that SGLang chose) -> what proves it."""
 
-POWER_OF_TWO_TOP_K = ("mxfp4/triton_kernel",)
-"""MXFP4 backends whose routing kernel takes a top_k that is a power of two only."""
+TRITON_KERNELS = ("mxfp4/triton_kernel",)
+"""Backends whose experts run in OpenAI's Triton kernels; their routing takes a top_k that is a power of two only."""
 
 check_backend = partial(
-    proven.check_backend, proven=PROVEN_BACKENDS, power_of_two=POWER_OF_TWO_TOP_K, flag="--moe-runner-backend", package="sglang"
+    proven.check_backend, proven=PROVEN_BACKENDS, power_of_two=TRITON_KERNELS, flag="--moe-runner-backend", package="sglang"
 )
 refusal = partial(proven.refusal, package="sglang")
 

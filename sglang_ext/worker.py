@@ -74,7 +74,7 @@ def _mask(runner: Any, launch: Launch) -> None:
         selected = routers.selected_top_k(layer)
         if selected != launch.top_k:
             raise RefusedError(f"{layer.name}: the engine selects {selected} experts a token; expected {launch.top_k}")
-    model.fit_kernels()
+    model.fit_kernels(model.backend in proven.TRITON_KERNELS)
     if launch.stats is not None and dist.get_rank() == 0:  # tensor-parallel ranks are all there are
         rows = collector.max_rows(seams.attribute(runner, "server_args", seams.LOAD_MODEL.name))
         collector.attach(layers, model.add_collector(rows, seams.engine()))

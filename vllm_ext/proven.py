@@ -62,10 +62,10 @@ PROVEN_DTYPES = {"cpu": (torch.bfloat16, torch.float32)}
 PROVEN_ROUTERS = ("FusedTopKRouter", "CPURouter")
 """vLLM's classes that select experts by the router's logits and nothing else."""
 
-POWER_OF_TWO_TOP_K = ("mxfp4/TRITON", "mxfp4/TRITON_UNFUSED")
-"""MXFP4 backends whose routing kernel takes a top_k that is a power of two only."""
+TRITON_KERNELS = ("mxfp4/TRITON", "mxfp4/TRITON_UNFUSED")
+"""Backends whose experts run in OpenAI's Triton kernels; their routing takes a top_k that is a power of two only."""
 
-check_backend = partial(proven.check_backend, proven=PROVEN_BACKENDS, power_of_two=POWER_OF_TWO_TOP_K, flag="--moe-backend", package="vllm")
+check_backend = partial(proven.check_backend, proven=PROVEN_BACKENDS, power_of_two=TRITON_KERNELS, flag="--moe-backend", package="vllm")
 
 
 def check_modes(vllm_config: Any) -> None:

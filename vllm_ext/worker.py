@@ -50,7 +50,7 @@ class ExpertMaskWorker:
             super().load_model(*args, **kwargs)  # type: ignore[misc]
         model = self._model()
         model.backend = self._proven_backend()
-        model.fit_kernels()
+        model.fit_kernels(model.backend in proven.TRITON_KERNELS)
         self._verify()
         if self._launch.debug_routes:
             self._attach_probe(model.add_probe())

@@ -62,6 +62,8 @@ def vllm(
     preset: PresetOption = Preset.full,
 ) -> None:  # fmt: skip
     """vLLM: unmasked, masked, rewritten and top_k 2, at batch 32 and 128."""
+    if preset is Preset.tiny and started:
+        raise typer.BadParameter("--started is of the full preset; tiny has such rows among its own")
     if preset is Preset.tiny:
         _matrix("tiny", VllmCpu(), work, out, limit_s, only, resume)
     else:

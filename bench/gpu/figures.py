@@ -34,11 +34,11 @@ PAIRS: Mapping[tuple[str, str], str] = {
     ("keep24_rewritten", "keep24"): "keep24_masked_over_rewritten",
     ("keep16_rewritten", "keep16"): "keep16_masked_over_rewritten",
     **{(one.replace("started", "rewritten"), one): f"{one}_over_rewritten" for one in _STARTED},
+    **{(one.removesuffix("_started"), one): f"{one}_over_live" for one in _STARTED},
     **{("unmasked", one): f"{one}_over_unmasked" for one in _OVER_UNMASKED},
 }
 """(A, B): what B over A is called."""
 HEADLINE_TOKENS = 2048
-"""New tokens of rows that are headlines; of servers that started with their mask, whose batches have one length each, all are."""
 Documents = Sequence[Mapping[str, Any]]
 
 
@@ -121,8 +121,7 @@ def _check_alike(documents: Documents, raw: Path) -> None:
 
 def _decode_headlines(engine: str, ratios: list[dict[str, Any]], results: Path, raw: str) -> Iterator[str]:
     for one in ratios:
-        of_length = one["setting"]["max_new_tokens"] == HEADLINE_TOKENS or one["b"] in _STARTED
-        if of_length and len(one["ratio"]["pairs"]) >= ENOUGH:
+        if one["setting"]["max_new_tokens"] == HEADLINE_TOKENS and len(one["ratio"]["pairs"]) >= ENOUGH:
             name = f"{engine}.decode.{PAIRS[one['a'], one['b']]}.bs{one['batch']}"
             record(results / "headline.json", name, round(one["ratio"]["median"], 4), "ratio", raw)
             yield name

@@ -31,6 +31,7 @@ class Launcher(ABC):
         preset: the shape that it is measured with.
         token_ids: range of the prompts' token ids.
         metrics_args: further arguments, for servers whose preemptions are counted.
+        tiles: what a server that started with a mask says that its kernels' tiles are chosen for.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Launcher(ABC):
     preset = "gpt-oss-20b"
     token_ids = (0, 480)
     metrics_args: tuple[str, ...] = ()
+    tiles = "mask"
 
     def start(self, served: Served, work: Path, kv_tokens: int, max_batch: int, *more: str) -> Server:
         """A server process, not yet ready; softprune is in it if the plan says so, with the mask that it says."""
@@ -149,7 +151,7 @@ class Vllm(Launcher):
 class VllmCpu(Vllm):
     """vLLM on this machine's CPU, with the small trained model: to try the scripts themselves."""
 
-    preset, token_ids, max_model_len, block = "tiny", (100, 1000), 256, 32
+    preset, token_ids, max_model_len, block, tiles = "tiny", (100, 1000), 256, 32, "engine"
 
     def command(self, model: Path, port: int, kv_tokens: int, max_batch: int) -> list[str]:
         limits = ("--max-model-len", str(self.max_model_len), "--max-num-seqs", str(max_batch))

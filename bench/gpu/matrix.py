@@ -131,6 +131,9 @@ class Matrix:
         top_k = found.get("top_k") if variant.server.top_k is None else variant.server.top_k
         if bool(found) != variant.server.is_patched or (found.get("mask_hash"), found.get("top_k")) != (mask, top_k):
             raise NotMeasuredError(f"{row.name}: found {found}; expected mask {mask}, top_k {top_k or 'as the model has it'}")
+        tiles = self.launcher.tiles if variant.server.mask is not None else "engine"
+        if found and found.get("moe_tiles") != tiles:
+            raise NotMeasuredError(f"{row.name}: moe_tiles: found {found.get('moe_tiles')}; expected {tiles}")
 
     def _put(self, server: Server, variant: Variant) -> None:
         """Put the row's mask in force, and see that every router obeys it."""

@@ -37,6 +37,7 @@ class MaskedModel:
         hidden_size: width of the routers' input.
         routers: the routers and the mask in force.
         backend: the MoE backend in use, once the extension has found it proven.
+        tiles: who chooses its kernels' tiles: "mask", for what that of the start keeps, or "engine"; "" before `fit_kernels`.
         probe: counts what the routers select, with `launch.debug_routes`.
         collector: of statistics, with `launch.stats`, in the one process that collects them.
     """
@@ -56,7 +57,7 @@ class MaskedModel:
             MaskError: the mask cannot be read any more, or was made for other weights.
         """
         mask = launch.read_mask(spec)
-        self.launch, self.spec, self.backend, self._log = launch, spec, "", log
+        self.launch, self.spec, self.backend, self.tiles, self._log = launch, spec, "", "", log
         self.fingerprint = fingerprint(spec, loaded)
         self.hidden_size, self._dtype = loaded[0][0].shape[1], loaded[0][0].dtype
         self.routers = RouterMask(routers)
@@ -89,15 +90,20 @@ class MaskedModel:
         with self._probe_off():
             self.routers.verify(self.hidden_size, self._dtype)
 
-    def fit_kernels(self) -> None:
+    def fit_kernels(self, are_triton: bool) -> None:
         """Under the mask of the start, if it prunes: have the experts' kernels choose tiles for what it keeps, before graphs are captured.
 
         A live switch does not change them: graphs hold the kernels that they were captured with, and others would be compiled in serving.
+
+        Args:
+            are_triton: whether the experts run in OpenAI's Triton kernels; others choose their tiles otherwise.
         """
-        mask = self.routers.mask
-        kept = None if mask is None else statistics.fmean(mask.num_kept)
-        if kept is not None and kept < self.spec.num_experts and fit_tiles(kept, self.spec.num_experts):
-            self._log.info("softprune: the experts' kernels choose their tiles for %g of %d experts", kept, self.spec.num_experts)
+        mask, num_experts = self.routers.mask, self.spec.num_experts
+        kept = num_experts if mask is None or not are_triton else statistics.fmean(mask.num_kept)
+        self.tiles = "mask" if fit_tiles(kept if kept < num_experts else None, num_experts) else "engine"
+        if kept < num_experts:
+            how = "for it" if self.tiles == "mask" else "as without a mask: another choice was measured on Hopper GPUs only"
+            self._log.info("softprune: the mask keeps %g of %d experts; their kernels choose tiles %s", kept, num_experts, how)
 
     @contextmanager
     def _probe_off(self) -> Iterator[None]:
@@ -216,6 +222,7 @@ class MaskedModel:
             "top_k": self.launch.top_k,
             "fingerprint": self.fingerprint,
             "moe_backend": self.backend,
+            "moe_tiles": self.tiles,
             "statistics": None if self.collector is None else self.collector.status(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
         }

@@ -7,6 +7,7 @@ is too small reads an expert's weights more than once. They let themselves be to
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import sys
@@ -17,9 +18,8 @@ import torch
 _MODULE = "triton_kernels.matmul_ogs"
 _MEASURED = 9
 """Major compute capability (Hopper) that `rows_of_tile` was measured on; on others the kernels choose by rules of their own."""
-LEAST, MOST_IN_DECODING, MOST = 16, 64, 128
 _SPREAD = 1.2
-"""Experts that have more than their share are to fit into one tile as well; any factor from 1.1 to 1.3 is as good."""
+"""Experts that have more than their share are to fit into one tile as well. Of what was measured, 1.1 to 1.3 choose the same."""
 
 
 def rows_of_tile(tokens: float) -> int:
@@ -28,50 +28,57 @@ def rows_of_tile(tokens: float) -> int:
     Args:
         tokens: of an expert in a step, mean over the experts kept.
     """
-    if tokens > MOST_IN_DECODING:
-        return MOST
-    tile = LEAST
-    while tile < MOST_IN_DECODING and tile < _SPREAD * tokens:
+    if tokens > 64:
+        return 128
+    tile = 16
+    while tile < 64 and tile < _SPREAD * tokens:
         tile *= 2
     return tile
 
 
-def told(tile: int, doubles: bool) -> int:
-    """Tokens per expert that make the kernels choose this tile.
-
-    Args:
-        tile: of `rows_of_tile`.
-        doubles: whether they double up to 64 (triton_kernels 3.6), or take the next power of two as it is (3.5).
-    """
-    return tile // 2 if doubles and tile <= MOST_IN_DECODING else tile
-
-
-def fit_tiles(kept: float, num_experts: int) -> bool:
+def fit_tiles(kept: float | None, num_experts: int) -> bool:
     """Have this process's kernels choose tiles for so many experts, from now on; before any graph is captured.
 
+    A tile is never smaller than the kernels' own choice, and theirs where they do not take ours.
+
     Args:
-        kept: experts of a layer that the mask keeps, mean over layers.
+        kept: experts of a layer that the mask keeps, mean over layers; None leaves the kernels as they came.
         num_experts: experts of a layer.
 
     Returns:
-        False where there are none of these kernels, or not on a GPU that they were measured on; then nothing changes.
+        Whether they do; False where there are none of these kernels, or not on a GPU that they were measured on.
     """
     module: Any = sys.modules.get(_MODULE)
-    if module is None or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != _MEASURED:
+    if module is None:
         return False
-    choose, doubles = module.make_opt_flags, not hasattr(module, "reduce_grouped")
+    choose = module.make_opt_flags = getattr(module.make_opt_flags, "_of_engine", module.make_opt_flags)
     names = list(inspect.signature(choose).parameters)
-    if not {"m", "routing_data"} <= set(names):
+    if kept is None or not {"m", "routing_data"} <= set(names):
+        return False
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != _MEASURED:
         return False
     gates, routing = names.index("m"), names.index("routing_data")
+    told: dict[int, int | None] = {}
+
+    def telling(args: tuple[Any, ...], tokens: int) -> tuple[Any, ...]:
+        # A copy: the engine's own goes on to the kernels, which are compiled anew for it.
+        return (*args[:routing], dataclasses.replace(args[routing], expected_tokens_per_expt=tokens), *args[routing + 1 :])
 
     @functools.wraps(choose)
     def make_opt_flags(*args: Any, **kwargs: Any) -> Any:
         data = args[routing] if len(args) > routing else None
         # Not of other uses of the kernels, nor where the engine knows better.
-        if data is not None and data.expt_hist is not None and data.n_expts_tot == num_experts and data.expected_tokens_per_expt is None:
-            data.expected_tokens_per_expt = told(rows_of_tile(args[gates] / kept), doubles)
-        return choose(*args, **kwargs)
+        if data is None or data.expt_hist is None or data.n_expts_tot != num_experts or data.expected_tokens_per_expt is not None:
+            return choose(*args, **kwargs)
+        m = args[gates]
+        if m not in told:
+            tile = rows_of_tile(m / kept)
+            # One generation takes the next power of two of what it is told, the other of twice as much.
+            tries = (tile, tile // 2) if tile > choose(*args, **kwargs).block_m else ()
+            told[m] = next((tokens for tokens in tries if choose(*telling(args, tokens), **kwargs).block_m == tile), None)
+        tokens = told[m]
+        return choose(*args, **kwargs) if tokens is None else choose(*telling(args, tokens), **kwargs)
 
+    make_opt_flags._of_engine = choose  # type: ignore[attr-defined]
     module.make_opt_flags = make_opt_flags
     return True

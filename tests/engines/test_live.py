@@ -60,6 +60,7 @@ def test_put_live_is_the_same_as_at_launch(live: Live, masked: Masked) -> None:
 def test_status_mask_and_metrics_tell_what_is_in_force(live: Live) -> None:
     done = live.put(live.masks[1])
     status = live.status()
+    assert status["moe_tiles"] == "engine", "on a CPU there are no others"
     assert (status["mask_epoch"], status["mask"]["hash"]) == (done["epoch"], live.masks[1].hash)
     assert (status["launch_mask"], status["after_restart"]) == (None, "the launch mask")
     assert "a restart returns to the launch mask" in live.server.text()

@@ -205,7 +205,7 @@ def test_backends_and_their_top_k() -> None:
         proven.check_backend("rocm", "GptOssForCausalLM", "mxfp4/TRITON", 4)
     for platform, architecture, backend in proven.PROVEN_BACKENDS:
         proven.check_backend(platform, architecture, backend, 4)
-        if backend in proven.POWER_OF_TWO_TOP_K:
+        if backend in proven.TRITON_KERNELS:
             with pytest.raises(RefusedError, match="top_k 3: MoE backend .* takes powers of two only"):
                 proven.check_backend(platform, architecture, backend, 3)
 

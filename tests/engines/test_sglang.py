@@ -57,7 +57,7 @@ def test_status_says_what_is_served(server: Server, models: dict[str, Path], mas
     assert status == 200
     assert body["mask"]["hash"] == mask.hash
     assert body["fingerprint"] == fingerprint_of_checkpoint(models["gpt-oss"])
-    assert (body["engine"], body["moe_backend"], body["device"]) == ("SGLang 0.5.17", "bf16/native", "cpu")
+    assert (body["engine"], body["moe_backend"], body["moe_tiles"], body["device"]) == ("SGLang 0.5.17", "bf16/native", "engine", "cpu")
 
 
 @pytest.mark.parametrize("key", ["", "wrong", "PROOF"])

@@ -1,14 +1,15 @@
 """The MoE layer of gpt-oss in OpenAI's Triton kernels, by the tile that they run with, under masks and rewritten: which is the fastest?
 
-    python -m tests.gpu.tiles OUT.json [--experts 32 --keeps 24,16 --rows 16,32 --skews 0,1 --masked-only]
+    python -m tests.gpu.tiles INTO.json [--experts 32 --keeps 24,16 --rows 16,32 --skews 0,1 --masked-only]
 
 `triton_kernels` on PYTHONPATH is measured: 3.5, as vLLM 0.26 has it, or 3.6, as SGLang 0.5.17 has it. One layer of random MXFP4 weights,
-both matrix products as the engines call them, in a CUDA graph. Tiles are set as softprune sets them.
+both matrix products as the engines call them, in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
 import time
@@ -23,8 +24,6 @@ from triton_kernels.numerics import InFlexData
 from triton_kernels.swiglu import swiglu_fn
 from triton_kernels.tensor import FP4, convert_layout, wrap_torch_tensor
 from triton_kernels.tensor_details import layout
-
-from softprune.runtime.tiles import told
 
 WIDTH, INNER, TOP_K = 2880, 2880, 4
 TILES = (16, 32, 64, 128)
@@ -105,6 +104,11 @@ class Layer:
         return out
 
 
+def told(tile: int) -> int:
+    """Tokens of an expert that make the kernels choose a tile: 3.6 doubles them, up to 64."""
+    return tile if OLD or tile == 128 else tile // 2
+
+
 def measure(layer: Layer, keep: int, rows: int, skew: float, generator: torch.Generator) -> dict[str, Any]:
     """Microseconds of the layer for each tile, which the kernels choose themselves, and whether outputs have the bits of the first."""
     logits = torch.randn(ROUTINGS, rows, layer.experts, generator=generator)
@@ -116,7 +120,7 @@ def measure(layer: Layer, keep: int, rows: int, skew: float, generator: torch.Ge
     for tile in (None, *TILES):
         routed = [routing(one.to("cuda", torch.bfloat16)) for one in logits]
         for data, _, _ in routed:
-            data.expected_tokens_per_expt = None if tile is None else told(tile, doubles=not OLD)
+            data.expected_tokens_per_expt = None if tile is None else told(tile)
         _block_m.clear()
         output = layer.run(x, routed[0]).clone()
         assert len(set(_block_m)) == 1
@@ -143,6 +147,30 @@ def measure(layer: Layer, keep: int, rows: int, skew: float, generator: torch.Ge
     return found
 
 
+def write(out: Path, found: list[dict[str, Any]]) -> None:
+    """Put rows into a file, in place of those of the same shapes by the same kernels; one line a row."""
+    document = json.loads(out.read_text()) if out.exists() else {}
+    kernels = "3.5" if OLD else "3.6"
+    rows = {shape(row): row for row in [*document.get(kernels, {}).get("rows", []), *found]}
+    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": datetime.date.today().isoformat(), "top_k": TOP_K}
+    document[kernels] = {**about, "rows": list(rows.values())}
+    out.write_text(text_of(document))
+
+
+def shape(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("experts", "keep", "rows", "skew"))
+
+
+def text_of(document: dict[str, Any]) -> str:
+    """The file's text."""
+    parts = []
+    for kernels, part in document.items():
+        about = json.dumps({name: value for name, value in part.items() if name != "rows"})
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in part["rows"])
+        parts.append(f'{json.dumps(kernels)}: {about[:-1]}, "rows": [\n{rows}\n]}}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,8 +193,7 @@ def main() -> None:
                 for skew in map(float, arguments.skews.split(",")):
                     found.append(measure(layer, keep, rows, skew, generator))
             print(f"{time.monotonic() - began:.0f} s: {experts} experts, {keep} kept", flush=True)
-            document = {"gpu": torch.cuda.get_device_name(), "top_k": TOP_K, "rows": found}
-            arguments.out.write_text(json.dumps({"3.5" if OLD else "3.6": document}) + "\n")
+            write(arguments.out, found)
         del layer
         torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""What `tests.gpu.tiles` measured, drawn: the kernels' own tiles and softprune's, against the fastest.
+"""What `tests.gpu.tiles` measured under masks, drawn: the kernels' own tiles and softprune's, against the fastest.
 
 python -m tests.gpu.tiles_plot     # bench/results/tiles_gpu.json -> tiles.svg beside it
 """
@@ -24,12 +24,13 @@ def main() -> None:
     with mpl.rc_context({"svg.hashsalt": "softprune"}):
         figure = Figure(figsize=(10, 4), layout="constrained")
         for panel, (kernels, title) in zip(figure.subplots(1, 2, sharey=True), KERNELS.items(), strict=True):
-            rows, top_k = document[kernels]["rows"], document[kernels]["top_k"]
+            rows, top_k = [row for row in document[kernels]["rows"] if row["keep"] < row["experts"]], document[kernels]["top_k"]
             tokens = [row["rows"] * top_k / row["keep"] for row in rows]
             over = {
                 "the kernels' own tile": [row["us"][str(row["own"])] / min(row["us"].values()) for row in rows],
                 "softprune's": [
-                    row["us"][str(rows_of_tile(of_expert))] / min(row["us"].values()) for row, of_expert in zip(rows, tokens, strict=True)
+                    row["us"][str(max(row["own"], rows_of_tile(of_expert)))] / min(row["us"].values())
+                    for row, of_expert in zip(rows, tokens, strict=True)
                 ],
             }
             for (label, values), style in zip(over.items(), ({"marker": "x", "color": "C3"}, {"marker": "o", "color": "C0"}), strict=True):

@@ -71,7 +71,7 @@ SGLANG_INFO = {
 }  # fmt: skip
 STATUS = {
     "engine": "fake", "model": "/data/models/gpt-oss-20b", "mask": {"hash": "sha256:ab", "num_kept": [24, 24]}, "top_k": 2,
-    "fingerprint": "sha256:cd", "moe_backend": "triton", "device": "NVIDIA Fake",
+    "fingerprint": "sha256:cd", "moe_backend": "triton", "moe_tiles": "mask", "device": "NVIDIA Fake",
 }  # fmt: skip
 
 

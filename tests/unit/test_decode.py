@@ -305,6 +305,7 @@ def test_metadata(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     assert document["softprune"] == {
         "fingerprint": "sha256:cd", "mask_hash": "sha256:ab", "num_kept": [24, 24], "top_k": 2, "moe_backend": "triton",
+        "moe_tiles": "mask",
     }  # fmt: skip
     assert document["gpu"] == "NVIDIA Fake"
     assert document["notes"] == {"why": "mask keep24.json", "n": "1"}

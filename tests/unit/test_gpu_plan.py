@@ -36,6 +36,7 @@ from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.errors import CheckpointError, InputError
 from tests.unit.fake_server import Behaviour, FakeServer
 
+ENGINES = ("sglang", "vllm")
 SGLANG = {(1, 512), (8, 512), (64, 512), (256, 512), (32, 2048), (128, 2048)}
 
 
@@ -73,11 +74,15 @@ def test_the_matrix_in_vllm() -> None:
 
 
 def test_the_matrices_of_servers_that_start_with_their_mask() -> None:
-    found = Counter((row.variant, row.batch, row.max_new_tokens) for phase in PLANS["sglang_started"]() for row in phase.rows)
-    variants = [f"keep{keep}_{kind}" for keep in (24, 16) for kind in ("started", "rewritten")]
-    assert found == {(one, batch, new): 3 for one in variants for batch, new in ((64, 512), (128, 2048))}
-    found = Counter((row.variant, row.batch, row.max_new_tokens) for phase in PLANS["vllm_started"]() for row in phase.rows)
-    assert found == {(one, 128, 2048): 3 for one in ("keep24_started", "keep24_rewritten")}
+    found = {
+        engine: Counter((row.variant, row.batch) for phase in PLANS[engine + "_started"]() for row in phase.rows) for engine in ENGINES
+    }
+    of_sglang = {"keep24_started": 3, "keep24_rewritten": 3, "keep16_started": 6, "keep16_rewritten": 3, "keep16": 3}
+    assert found["sglang"] == {(one, batch): number for one, number in of_sglang.items() for batch in (64, 128)}
+    assert found["vllm"] == {("keep24_started", 128): 6, ("keep24_rewritten", 128): 3, ("keep24", 128): 3}
+    for engine in ENGINES:
+        of_matrix, started = ({row.name for phase in PLANS[name]() for row in phase.rows} for name in (engine, engine + "_started"))
+        assert not of_matrix & started, "they may lie in one folder"
     for engine in (Sglang(), Vllm()):
         command = engine.command_of(VARIANTS["keep24_started"].server, Path("work"), 1, 4096, 128)
         assert command[command.index("--expert-mask") + 1] == "work/keep24.json"

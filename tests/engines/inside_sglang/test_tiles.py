@@ -48,12 +48,13 @@ def tile(kernels: Any, rows: int, experts: int) -> int:
     return int(flags.block_m)
 
 
-def test_they_choose_the_tile_of_the_rule(kernels: Any) -> None:
-    batches = [1, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 8192]
-    before = {rows: tile(kernels, rows, EXPERTS) for rows in batches}
-    assert [before[rows] for rows in (64, 128, 256)] == [16, 32, 64]
-    assert fit_tiles(16, EXPERTS)
-    for rows in batches:
-        assert tile(kernels, rows, EXPERTS) == rows_of_tile(rows * TOP_K / 16), rows
-        assert tile(kernels, rows, 24) in (before[rows], 2 * before[rows]), "another layer's tiles have changed"
-    assert [tile(kernels, rows, EXPERTS) for rows in (64, 128, 256)] == [32, 64, 64]
+@pytest.mark.parametrize("kept", [8, 16, 24])
+def test_they_choose_the_tile_of_the_rule(kernels: Any, kept: int) -> None:
+    batches = [*range(1, 300), 512, 600, 1024, 8192]
+    own, of_others = ([tile(kernels, rows, experts) for rows in batches] for experts in (EXPERTS, 20))
+    assert [tile(kernels, rows, EXPERTS) for rows in (64, 128, 256)] == [16, 32, 64]
+    assert fit_tiles(kept, EXPERTS)
+    wanted = [max(before, rows_of_tile(rows * TOP_K / kept)) for before, rows in zip(own, batches, strict=True)]
+    assert [tile(kernels, rows, EXPERTS) for rows in batches] == wanted
+    assert wanted != own
+    assert [tile(kernels, rows, 20) for rows in batches] == of_others
