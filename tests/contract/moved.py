@@ -24,9 +24,8 @@ def moved(package: Package, near: str, path: str) -> str:
     *owners, last = path.split(".")
     text = re.compile(rf"^\s*(?:(?:async\s+)?def|class)\s+{last}\b|^\s*{last}\s*[:=]|^\s*self\.{last}\s*[:=]", re.MULTILINE)
     places: list[str] = []
-    for module, file in package.files():
-        source = file.read_text(errors="replace")
-        if text.search(source):
+    for module, source in package.sources.items():
+        if last in source and text.search(source):
             with suppress(SyntaxError):  # a template, or written for a newer Python
                 places += [f"{module}:{found}" for found in _definitions(ast.parse(source), last, "")]
     same = [place for place in places if owners and place.endswith(f":{path}")]

@@ -121,6 +121,11 @@ class Package:
             return Module(name, file, is_package=False)
         return Module(name, None, is_package=True) if base.is_dir() else None
 
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """Text of every module, by its name; read once, as names are looked for many times."""
+        return {name: file.read_text(errors="replace") for name, file in self.files()}
+
     def files(self) -> Iterator[tuple[str, Path]]:
         """(module name, file) of every module."""
         for file in sorted(self.folder.rglob("*.py")):
