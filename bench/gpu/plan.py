@@ -188,20 +188,21 @@ def vllm() -> tuple[Phase, ...]:
 def sglang_started() -> tuple[Phase, ...]:
     """Servers that start with their mask, for which kernels choose their tiles, beside rewritten and live ones: about 15 minutes."""
     sizes = ((64, 512), (128, 2048))
-    return tuple(_started("sglang", keep, other, sizes) for keep, other in ((16, "rewritten"), (24, "rewritten"), (16, "")))
+    pairs = (("keep16_started", "keep16_rewritten"), ("keep24_started", "keep24_rewritten"), ("keep16_started", "keep16"))
+    return tuple(_started("sglang", *pair, sizes) for pair in pairs)
 
 
 def vllm_started() -> tuple[Phase, ...]:
     """The same in vLLM: about 9 minutes."""
-    return tuple(_started("vllm", 24, other, ((128, 2048),)) for other in ("rewritten", ""))
+    return tuple(_started("vllm", "keep24_started", other, ((128, 2048),)) for other in ("keep24_rewritten", "keep24"))
 
 
-def _started(engine: str, keep: int, other: str, sizes: Sequence[tuple[int, int]]) -> Phase:
+def _started(engine: str, variant: str, other: str, sizes: Sequence[tuple[int, int]]) -> Phase:
     """A server that starts with a mask beside another, at batches where their tiles differ or differed, thrice each."""
-    name, variants = f"started {keep} {other}".strip(), (f"keep{keep}_started", f"keep{keep}{other and '_'}{other}")
-    # Repeats of their own, so that rows are others than the matrix has.
-    first = dict.fromkeys(variants, 11 if other else 21)
-    rows = (row for batch, new in sizes for row in rounds(engine, name, variants, batch, new, first, repeats=3))
+    name = f"started: {variant}, {other}"
+    # Repeats of their own, so that rows are others than the matrix has, and than another pair of the variant.
+    first = dict.fromkeys((variant, other), 21 if VARIANTS[other].server is BASE else 11)
+    rows = (row for batch, new in sizes for row in rounds(engine, name, (variant, other), batch, new, first, repeats=3))
     return Phase(name, 300_000, 128, 90, tuple(rows))
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-_MODULE = "triton_kernels.matmul_ogs"
+MODULE = "triton_kernels.matmul_ogs"
+"""Of these kernels, once an engine has imported them."""
 OfRows = Callable[[torch.Tensor], torch.Tensor]
 """int64 [n], rows of a step -> [n, top_k, at least hidden_size], in ascending order of experts."""
 
@@ -32,7 +33,7 @@ class GatedOutputs:
 
     def watch(self) -> bool:
         """See what the kernels are given from now on; False where there are none of these."""
-        module = sys.modules.get(_MODULE)
+        module = sys.modules.get(MODULE)
         for name, seen in (("reduce_grouped", self._grouped), ("reduce", self._reduced)):
             if hasattr(module, name):
                 setattr(module, name, seen(getattr(module, name)))

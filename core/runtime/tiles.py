@@ -15,22 +15,24 @@ from typing import Any
 
 import torch
 
-_MODULE = "triton_kernels.matmul_ogs"
+from softprune.runtime.gated_outputs import MODULE
+
 _MEASURED = 9
 """Major compute capability (Hopper) that `rows_of_tile` was measured on; on others the kernels choose by rules of their own."""
 _SPREAD = 1.2
 """Experts that have more than their share are to fit into one tile as well. Of what was measured, 1.1 to 1.3 choose the same."""
 
 
-def rows_of_tile(tokens: float) -> int:
+def rows_of_tile(tokens: float, own: int = 16) -> int:
     """Rows of the fastest tile, as measured on H200s with both generations of the kernels (bench/results/tiles_gpu.json).
 
     Args:
         tokens: of an expert in a step, mean over the experts kept.
+        own: the kernels' choice, a power of two from 16 to 128; it is never smaller.
     """
     if tokens > 64:
         return 128
-    tile = 16
+    tile = own
     while tile < 64 and tile < _SPREAD * tokens:
         tile *= 2
     return tile
@@ -39,7 +41,7 @@ def rows_of_tile(tokens: float) -> int:
 def fit_tiles(kept: float | None, num_experts: int) -> bool:
     """Have this process's kernels choose tiles for so many experts, from now on; before any graph is captured.
 
-    A tile is never smaller than the kernels' own choice, and theirs where they do not take ours.
+    Where they do not take what they are told, they choose as they did.
 
     Args:
         kept: experts of a layer that the mask keeps, mean over layers; None leaves the kernels as they came.
@@ -48,7 +50,7 @@ def fit_tiles(kept: float | None, num_experts: int) -> bool:
     Returns:
         Whether they do; False where there are none of these kernels, or not on a GPU that they were measured on.
     """
-    module: Any = sys.modules.get(_MODULE)
+    module: Any = sys.modules.get(MODULE)
     if module is None:
         return False
     choose = module.make_opt_flags = getattr(module.make_opt_flags, "_of_engine", module.make_opt_flags)
@@ -72,9 +74,10 @@ def fit_tiles(kept: float | None, num_experts: int) -> bool:
             return choose(*args, **kwargs)
         m = args[gates]
         if m not in told:
-            tile = rows_of_tile(m / kept)
+            own = choose(*args, **kwargs).block_m
+            tile = rows_of_tile(m / kept, own)
             # One generation takes the next power of two of what it is told, the other of twice as much.
-            tries = (tile, tile // 2) if tile > choose(*args, **kwargs).block_m else ()
+            tries = (tile, tile // 2) if tile != own else ()
             told[m] = next((tokens for tokens in tries if choose(*telling(args, tokens), **kwargs).block_m == tile), None)
         tokens = told[m]
         return choose(*args, **kwargs) if tokens is None else choose(*telling(args, tokens), **kwargs)

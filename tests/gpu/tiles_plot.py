@@ -29,7 +29,7 @@ def main() -> None:
             over = {
                 "the kernels' own tile": [row["us"][str(row["own"])] / min(row["us"].values()) for row in rows],
                 "softprune's": [
-                    row["us"][str(max(row["own"], rows_of_tile(of_expert)))] / min(row["us"].values())
+                    row["us"][str(rows_of_tile(of_expert, row["own"]))] / min(row["us"].values())
                     for row, of_expert in zip(rows, tokens, strict=True)
                 ],
             }
