@@ -186,15 +186,16 @@ def vllm() -> tuple[Phase, ...]:
 
 
 def sglang_started() -> tuple[Phase, ...]:
-    """Servers that start with their mask, for which kernels choose their tiles, beside rewritten and live ones: about 15 minutes."""
-    sizes = ((64, 512), (128, 2048))
+    """Servers that start with their mask, for which kernels choose their tiles, beside rewritten and live ones: about 20 minutes."""
+    sizes = ((64, 2048), (128, 2048))
     pairs = (("keep16_started", "keep16_rewritten"), ("keep24_started", "keep24_rewritten"), ("keep16_started", "keep16"))
     return tuple(_started("sglang", *pair, sizes) for pair in pairs)
 
 
 def vllm_started() -> tuple[Phase, ...]:
-    """The same in vLLM: about 9 minutes."""
-    return tuple(_started("vllm", "keep24_started", other, ((128, 2048),)) for other in ("keep24_rewritten", "keep24"))
+    """The same in vLLM: about 15 minutes."""
+    pairs = (("keep24_started", "keep24_rewritten"), ("keep24_started", "keep24"), ("keep16_started", "keep16_rewritten"))
+    return tuple(_started("vllm", *pair, ((128, 2048),)) for pair in pairs)
 
 
 def _started(engine: str, variant: str, other: str, sizes: Sequence[tuple[int, int]]) -> Phase:
@@ -203,7 +204,7 @@ def _started(engine: str, variant: str, other: str, sizes: Sequence[tuple[int, i
     # Repeats of their own, so that rows are others than the matrix has, and than another pair of the variant.
     first = dict.fromkeys((variant, other), 21 if VARIANTS[other].server is BASE else 11)
     rows = (row for batch, new in sizes for row in rounds(engine, name, (variant, other), batch, new, first, repeats=3))
-    return Phase(name, 300_000, 128, 90, tuple(rows))
+    return Phase(name, 300_000, 128, {"sglang": 120, "vllm": 160}[engine], tuple(rows))
 
 
 def tiny() -> tuple[Phase, ...]:
