@@ -115,10 +115,18 @@ def _decode(engine: str, title: str) -> Table:
     return Table((f"{title}, batch 32, 2,048 new tokens", "over unmasked", "masked over rewritten"), rows)
 
 
-def _started(engine: str, title: str) -> Table:
-    name = f"{engine}.decode.keep{{}}_started_over_{{}}.bs128"
-    rows = tuple((f"keep {keep}", *(name.format(keep, other) for other in ("rewritten", "live"))) for keep in (24, 16))
-    return Table((f"{title}, batch 128, 2,048 new tokens: masked at start", "over rewritten", "over switched live"), rows)
+def _started() -> Table:
+    engines = {"SGLang": (64, 128), "vLLM": (128,)}
+    rows = tuple(
+        (
+            f"{title}, keep {keep}, batch {batch}",
+            *(f"{title.lower()}.decode.keep{keep}_started_over_{other}.bs{batch}" for other in ("rewritten", "live")),
+        )
+        for title, batches in engines.items()
+        for keep in (24, 16)
+        for batch in batches
+    )
+    return Table(("masked at start, 2,048 new tokens", "over rewritten", "over switched live"), rows)
 
 
 def _max_batch() -> Table:
@@ -138,7 +146,7 @@ TABLES = {
     "statistics": _statistics(),
     "decode.sglang": _decode("sglang", "SGLang"),
     "decode.vllm": _decode("vllm", "vLLM"),
-    "started.sglang": _started("sglang", "SGLang"),
+    "started": _started(),
     "max_batch": _max_batch(),
 }
 

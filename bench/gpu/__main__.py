@@ -4,10 +4,10 @@
     python -m softprune.bench.gpu plan sglang|vllm|headroom|sglang_started|vllm_started
     python -m softprune.bench.gpu figures OUT_DIR
 
-One GPU of 80 GB or more, 45 GB of disk in WORK_DIR, and the engine installed beside softprune; nothing else runs on the GPU. A run ends
-before its limit and prints what is left: run it again with --resume until nothing is. Also after a kill: rows that are in OUT_DIR are not
-measured again, and servers that were left behind are ended. Rows of one OUT_DIR are of one GPU, engine, checkpoint and softprune version
-(run.json there); a run with another is refused.
+One GPU of 80 GB or more, 45 GB of disk in WORK_DIR, and the engine installed beside softprune; nothing else runs on the GPU. Runs at the
+same time, on several GPUs, have folders of their own. A run ends before its limit and prints what is left: run it again with --resume until
+nothing is. Also after a kill: rows that are in OUT_DIR are not measured again, and servers that were left behind are ended. Rows of one
+OUT_DIR are of one GPU, engine, checkpoint and softprune version (run.json there); a run with another is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from softprune.bench.gpu.headroom import Headroom, Shape
 from softprune.bench.gpu.launchers import LAUNCHERS, Launcher, VllmCpu
 from softprune.bench.gpu.matrix import Matrix
 from softprune.bench.gpu.plan import PLANS
-from softprune.bench.gpu.session import Budget, Store
+from softprune.bench.gpu.session import Budget, Store, alone
 from softprune.errors import SoftpruneError
 
 app = typer.Typer(
@@ -73,9 +73,9 @@ def vllm(
 @app.command()
 def headroom(work: Work, out: Out, limit_s: Limit = 570, only: Only = None, resume: Resume = False) -> None:
     """SGLang: the largest batch with the KV room of a 16 GiB and a 24 GiB card."""
-    store = _opened(out, resume)
-    run = Headroom(LAUNCHERS["sglang"](), Shape(), work.resolve(), store, Budget(limit_s), only)
-    _said({name: run.rows[name] for name in run.run()}, out)
+    with alone(work, out):
+        run = Headroom(LAUNCHERS["sglang"](), Shape(), work.resolve(), _opened(out, resume), Budget(limit_s), only)
+        _said({name: run.rows[name] for name in run.run()}, out)
 
 
 @app.command()
@@ -110,8 +110,9 @@ def figures(
 
 
 def _matrix(what: str, launcher: Launcher, work: Path, out: Path, limit_s: float, only: Sequence[str] | None, resume: bool) -> None:
-    run = Matrix(launcher, PLANS[what](), work.resolve(), _opened(out, resume), Budget(limit_s), only)
-    _said({row.name: row.seconds for row in run.run()}, out)
+    with alone(work, out):
+        run = Matrix(launcher, PLANS[what](), work.resolve(), _opened(out, resume), Budget(limit_s), only)
+        _said({row.name: row.seconds for row in run.run()}, out)
 
 
 def _opened(out: Path, resume: bool) -> Store:

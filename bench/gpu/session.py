@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -115,6 +116,24 @@ class Store:
     def documents(self) -> dict[str, dict[str, Any]]:
         """All rows, by name."""
         return {name: json.loads((self.folder / f"{name}.json").read_text()) for name in sorted(self.names)}
+
+
+@contextmanager
+def alone(*folders: Path) -> Iterator[None]:
+    """Have these folders, which are made, for this run alone until the block ends: it ends all servers that it finds in them.
+
+    Raises:
+        InputError: another run has one.
+    """
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / ".lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(str(folder), "", "another run at work in it", "a folder of its own for each run") from None
+        yield
 
 
 def row_files(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from softprune.bench.gpu.matrix import Matrix
 from softprune.bench.gpu.plan import PLANS, REWRITTEN, VARIANTS, Phase, Served, Variant, rounds
 from softprune.bench.gpu.prepare import prepare
 from softprune.bench.gpu.run_file import facts_of
-from softprune.bench.gpu.session import Budget, Store, stop_leftovers
+from softprune.bench.gpu.session import Budget, Store, alone, stop_leftovers
 from softprune.bench.masks import random_mask
 from softprune.bench.max_batch import Try
 from softprune.bench.report_read import read_rows
@@ -134,6 +134,19 @@ def test_store(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 rows of an earlier run; expected an empty folder, or --resume"):
         store.open(resume=False)
     store.open(resume=True)
+
+
+@pytest.mark.parametrize("shared", ["work", "out"])
+@pytest.mark.parametrize("command", [["vllm", "--preset", "tiny"], ["headroom"]])
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path, shared: str, command: list[str]) -> None:
+    """It would end the other's servers."""
+    arguments = [command[0], str(tmp_path / "work"), str(tmp_path / "out"), *command[1:], "--limit-s", "0"]
+    with alone(tmp_path / shared):
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, InputError), result.output
+        assert f"{shared}: found another run at work in it" in str(result.exception)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
 
 
 def test_servers_of_a_killed_run_are_ended_and_no_others(tmp_path: Path) -> None:
