@@ -6,7 +6,6 @@ of its own, so that no prefix cache helps the side that comes second. What the r
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
@@ -24,7 +23,8 @@ from softprune.bench.step_limits import StepLimits
 from softprune.errors import InputError, SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerClient, without_address
-from softprune.server_mask import mask_put_back, terminated_by_signal
+from softprune.server_mask import mask_put_back
+from softprune.signals import ended_in_order, run_async
 
 FORMAT, VERSION = "softprune.decode-comparison", 1
 FIGURES = ("decode_tok_s", "total_tok_s")
@@ -142,9 +142,9 @@ def compare(
             control = None
             if isinstance(sides, Masks):
                 control = ServerClient(sides.url, key, engine_key=engine_key)
-                after.enter_context(terminated_by_signal())
+                after.enter_context(ended_in_order())
                 after.enter_context(mask_put_back(control))
-            asyncio.run(run(control))
+            run_async(run(control))
     except SoftpruneError as error:
         if "results" in document:
             servers = {"the server": sides.url} if isinstance(sides, Masks) else {"server A": sides.a, "server B": sides.b}

@@ -9,7 +9,6 @@ Running the same seed twice against one server finds the first run's prompts in 
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from softprune.bench.figures import Repeat, Stream, quantiles, spread, summary
 from softprune.bench.prompts import Api, Workload, pathless
 from softprune.errors import InputError
 from softprune.server_client import without_address
+from softprune.signals import run_async
 
 __all__ = [
     "BenchmarkError", "DecodeClient", "HttpStatusError", "LengthError", "Repeat", "ServerGoneError", "ServerReportedError",
@@ -90,7 +90,7 @@ def measure(
                         progress(Step(result, done, total))
 
     try:
-        asyncio.run(run())
+        run_async(run())
     except BenchmarkError as error:
         if "results" in document:
             document["error"] = without_address(str(error), {"the server": url})

@@ -25,6 +25,7 @@ from softprune.bench.figures import summary
 from softprune.bench.prompts import Api, Workload
 from softprune.errors import InputError
 from softprune.server_client import without_address
+from softprune.signals import run_async
 
 FORMAT, VERSION = "softprune.max-batch", 1
 POLL_SECONDS = 0.1
@@ -190,7 +191,7 @@ def max_batch(
             document["result"] = summary(bracket.low, passes) if passes else None
 
     try:
-        asyncio.run(run())
+        run_async(run())
     except BenchmarkError as error:
         if "tries" in document:
             document["error"] = without_address(str(error), {"the server": url})

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import math
 import random
 import secrets
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -22,6 +18,7 @@ from softprune.errors import InputError, SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.mask_forms import build
 from softprune.server_client import ServerCallError, ServerClient
+from softprune.signals import ended_in_order, run_async, uninterrupted
 
 PROMPTS = 4
 """Prompts whose log-probabilities are compared."""
@@ -94,7 +91,7 @@ class SelfTest:
         self._show: Callable[[Check], None] = lambda _: None
 
     def run(self, show: Callable[[Check], None] = lambda _: None) -> bool:
-        """Look at everything, and put the mask that was in force back, whatever happens; Ctrl-C and SIGTERM raise KeyboardInterrupt.
+        """Look at everything, and put the mask that was in force back, whatever happens, SIGTERM and SIGHUP as well.
 
         Args:
             show: called with each finding as it is made.
@@ -111,14 +108,14 @@ class SelfTest:
         if not any(map(mask.pruned, range(mask.model.num_layers))):
             raise InputError("--mask", "", "a mask that prunes nothing", "one that does")
         api: Api = "sglang" if str(status.get("engine")).startswith("SGLang") else "openai"
-        with _on_signals(signal.default_int_handler, "SIGTERM", "SIGHUP"):
+        with ended_in_order():
             try:
                 self._scores_and_routes(api, mask, int(status["top_k"]))
                 self._speed(api, mask)
             except SoftpruneError as error:
                 self._found("completed", False, f"stopped: {error}")
             finally:
-                with _on_signals(signal.SIG_IGN, "SIGINT", "SIGTERM", "SIGHUP"):
+                with uninterrupted():
                     self._restore(before)
         return all(check.passed is not False for check in self.checks)
 
@@ -189,7 +186,7 @@ class SelfTest:
                     if number > 0:
                         speeds[masked].append(result.total_tok_s)
 
-        asyncio.run(run())
+        run_async(run())
         plain, masked = mean(speeds[False]), mean(speeds[True])
         passes = " and ".join(f"{a:,.0f} to {b:,.0f}" for a, b in ((min(one), max(one)) for one in (speeds[True], speeds[False])))
         self._found("speed", None, f"{masked / plain:.2f}× with the mask at batch {self.batch} ({passes} tok/s with and without)")
@@ -285,18 +282,3 @@ def _gap(a: float, b: float) -> float:
     if a == b:
         return 0.0
     return math.inf if math.isnan(a - b) else abs(a - b)
-
-
-@contextlib.contextmanager
-def _on_signals(handler: Any, *names: str) -> Iterator[None]:
-    """Handle signals otherwise; only a process's main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    old = [(number, signal.signal(number, handler)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, previous in old:
-            signal.signal(number, previous)

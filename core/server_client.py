@@ -70,6 +70,9 @@ class ServerClient:
         switch_timeout: seconds that a switch may take; with in_flight=drain, running requests end first.
         engine_key: what the engine itself asks for (its --api-key); sent with every call.
 
+    Attributes:
+        epoch: mask epoch that this client's last switch began; None before one, and if what became of it is not known.
+
     Raises:
         InputError: no such URL, or a key that cannot be sent.
     """
@@ -85,6 +88,7 @@ class ServerClient:
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
             raise InputError("--url", "", shortened(url), "http://HOST:PORT")
         self.url, self.timeout, self.switch_timeout = url.rstrip("/"), timeout, switch_timeout
+        self.epoch: int | None = None
         self.key = key or known_key(parts.hostname, port)
         if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
             raise InputError(f"--key or {KEY_ENV}", "", "characters that no HTTP header can hold", "printable ASCII")
@@ -114,15 +118,21 @@ class ServerClient:
             {"epoch", "ms", "in_flight", "mask": {"hash", "num_kept"}}.
         """
         body = mask.dump().encode() if isinstance(mask, ExpertMask) else mask
-        return self._object("PUT", "/mask?" + urlencode({"in_flight": in_flight}), body, self.switch_timeout)
+        return self._switched("PUT", in_flight, body)
 
     def delete_mask(self, in_flight: str = "continue") -> dict[str, Any]:
         """Back to the unpruned router; as `put_mask`, with "mask": None."""
-        return self._object("DELETE", "/mask?" + urlencode({"in_flight": in_flight}), None, self.switch_timeout)
+        return self._switched("DELETE", in_flight)
 
     def switch(self, mask: ExpertMask | None, in_flight: str = "continue") -> dict[str, Any]:
         """`put_mask`, or `delete_mask` for None."""
         return self.delete_mask(in_flight) if mask is None else self.put_mask(mask, in_flight)
+
+    def _switched(self, method: str, in_flight: str, body: bytes | None = None) -> dict[str, Any]:
+        self.epoch = None
+        answer = self._object(method, "/mask?" + urlencode({"in_flight": in_flight}), body, self.switch_timeout)
+        self.epoch = answer["epoch"]
+        return answer
 
     def verify(self) -> dict[str, Any]:
         """Have every router run once and see that it obeys: {"obeyed", "detail": None or what was found}."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,36 +39,36 @@ class Restore:
 def mask_put_back(control: ServerClient) -> Iterator[Restore]:
     """Put the mask back that is in force now, whatever ends the block, unless the block says to forget it.
 
+    Nor where somebody else has switched since `control` last did: their mask stays, which is an error unless the block ends by another.
+
     Raises:
         ServerCallError: the server cannot be asked; the block was not entered.
-        SoftpruneError: the mask could not be put back; what it was is said.
+        SoftpruneError: the mask could not be put back, what it was is said; or somebody else has switched.
     """
-    before = control.mask()
+    before, control.epoch = control.mask(), control.status()["mask_epoch"]
     restore = Restore()
     try:
         yield restore
-    finally:
-        if restore.wanted:
-            what = "no mask" if before is None else f"mask {before.hash}"
-            try:
-                control.switch(before)
-            except (ServerCallError, KeyboardInterrupt, SystemExit) as error:
-                why = error if isinstance(error, ServerCallError) else f"{control.url}: interrupted while it was asked"
-                raise SoftpruneError(f"{why}\n  NOT PUT BACK: {what} was in force before; apply it again") from error
+    except BaseException:
+        _put_back(control, before, restore)
+        raise
+    if not _put_back(control, before, restore):
+        raise SoftpruneError(f"{control.url}: somebody else switched the mask meanwhile; theirs stays in force, and not {_named(before)}")
 
 
-@contextmanager
-def terminated_by_signal() -> Iterator[None]:
-    """Within the block, SIGTERM ends the process as Ctrl-C does: what has to be put back is put back first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
+def _put_back(control: ServerClient, before: ExpertMask | None, restore: Restore) -> bool:
+    """Whether what is in force is what should be."""
+    if not restore.wanted:
+        return True
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        if control.epoch not in (None, control.status()["mask_epoch"]):
+            return False
+        control.switch(before)
+    except (ServerCallError, KeyboardInterrupt, SystemExit) as error:
+        why = error if isinstance(error, ServerCallError) else f"{control.url}: interrupted while it was asked"
+        raise SoftpruneError(f"{why}\n  NOT PUT BACK: {_named(before)} was in force before; apply it again") from error
+    return True
+
+
+def _named(mask: ExpertMask | None) -> str:
+    return "no mask" if mask is None else f"mask {mask.hash}"

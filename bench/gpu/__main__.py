@@ -12,7 +12,6 @@ OUT_DIR are of one GPU, engine, checkpoint and softprune version (run.json there
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from enum import Enum
@@ -28,6 +27,7 @@ from softprune.bench.gpu.matrix import Matrix
 from softprune.bench.gpu.plan import PLANS
 from softprune.bench.gpu.session import Budget, Store, alone
 from softprune.errors import SoftpruneError
+from softprune.signals import ended_in_order
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="The benchmark matrices on a GPU host, unattended."
@@ -73,7 +73,7 @@ def vllm(
 @app.command()
 def headroom(work: Work, out: Out, limit_s: Limit = 570, only: Only = None, resume: Resume = False) -> None:
     """SGLang: the largest batch with the KV room of a 16 GiB and a 24 GiB card."""
-    with alone(work, out):
+    with ended_in_order(), alone(work, out):
         run = Headroom(LAUNCHERS["sglang"](), Shape(), work.resolve(), _opened(out, resume), Budget(limit_s), only)
         _said({name: run.rows[name] for name in run.run()}, out)
 
@@ -110,14 +110,12 @@ def figures(
 
 
 def _matrix(what: str, launcher: Launcher, work: Path, out: Path, limit_s: float, only: Sequence[str] | None, resume: bool) -> None:
-    with alone(work, out):
+    with ended_in_order(), alone(work, out):
         run = Matrix(launcher, PLANS[what](), work.resolve(), _opened(out, resume), Budget(limit_s), only)
         _said({row.name: row.seconds for row in run.run()}, out)
 
 
 def _opened(out: Path, resume: bool) -> Store:
-    # Whoever ends this process, servers end with it; after SIGKILL, the next run ends them.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     store = Store(out.resolve())
     store.open(resume)
     return store

@@ -7,7 +7,6 @@ A search whose time is over keeps its tries, and goes on from them in the next r
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from softprune.bench.graph_memory import graph_entries
 from softprune.bench.max_batch import Try, max_batch
 from softprune.bench.server import Server, ServerError
 from softprune.errors import InputError, SoftpruneError
+from softprune.signals import run_async
 
 FORMAT, VERSION = "softprune.gpu-memory", 1
 GIB = 2**30
@@ -215,4 +215,4 @@ def describe(server: Server) -> dict[str, Any]:
         async with DecodeClient(f"http://127.0.0.1:{server.port}", Workload(1, 1), key=server.key) as client:
             return await about(client, None)
 
-    return asyncio.run(look())
+    return run_async(look())

@@ -44,6 +44,7 @@ from softprune.mask import ExpertMask
 from softprune.ranking.api import model_of_checkpoint, rank
 from softprune.selection.select import select
 from softprune.server_client import ServerClient
+from softprune.signals import ended_in_order
 from softprune.stats import file as stats_file
 
 FORMAT, VERSION = "softprune.tiny-methods", 1
@@ -142,7 +143,7 @@ def served(work: Path) -> Iterator[Server]:
         dequantize_checkpoint(CHECKPOINT, folder)
     limits = ["--max-model-len", "2048", "--max-num-batched-tokens", "2048", "--dtype", "bfloat16", "--enforce-eager"]
     command = vllm_command(folder, port, *limits, "--softprune-control")
-    with Server(command, port, work.resolve() / "server.log", "tiny-methods", SERVER_ENV) as server:
+    with ended_in_order(), Server(command, port, work.resolve() / "server.log", "tiny-methods", SERVER_ENV) as server:
         server.wait_ready(400)
         yield server
 

@@ -21,6 +21,7 @@ from softprune.evaluate.packing import Blocks, block_hashes
 from softprune.recipe.errors import RecipeError
 from softprune.report.progress import count_progress
 from softprune.server_client import ServerClient
+from softprune.signals import ended_in_order
 from softprune.stats.collect import Collection, Options
 from softprune.stats.collect_packs import load
 from softprune.stats.errors import StatisticsError
@@ -107,7 +108,7 @@ def engine_command(engine: str, model: Path, port: int, max_tokens: int, flags: 
 
 @contextmanager
 def serving(engine: str, model: Path, seq_len: int, flags: Sequence[str]) -> Iterator[ServerClient]:
-    """A server of the model on this machine, with room for blocks of `seq_len` tokens; stopped at the end.
+    """A server of the model on this machine, with room for blocks of `seq_len` tokens; stopped at the end, whatever signal brings that.
 
     Raises:
         SoftpruneError: no engine of this name, or it does not start.
@@ -115,6 +116,7 @@ def serving(engine: str, model: Path, seq_len: int, flags: Sequence[str]) -> Ite
     port = free_port()
     command = engine_command(engine, model, port, seq_len + _SPARE_TOKENS, flags)
     with (
+        ended_in_order(),
         tempfile.TemporaryDirectory() as logs,
         Server(command, port, Path(logs) / "server.log", secrets.token_hex(16)) as server,
     ):
@@ -128,7 +130,7 @@ def servable(model: Path) -> Iterator[Path]:
     if torch.cuda.is_available() or family_of(read_config(model), str(model / "config.json")).storage != "mxfp4":
         yield model
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with ended_in_order(), tempfile.TemporaryDirectory() as folder:
         dequantize_checkpoint(model, Path(folder) / "bf16")
         yield Path(folder) / "bf16"
 

@@ -32,7 +32,8 @@ from softprune.recipe.recipe import Recipe
 from softprune.recipe.run import Places, Tell, choose, make
 from softprune.report.progress import count_progress, tensor_progress
 from softprune.server_client import ServerClient
-from softprune.server_mask import mask_put_back, switch_obeyed, terminated_by_signal
+from softprune.server_mask import mask_put_back, switch_obeyed
+from softprune.signals import ended_in_order
 from softprune.stats.collect import Collection, Options
 from softprune.stats.header import Mode
 
@@ -82,7 +83,7 @@ def run_live(recipe: Recipe, places: Places, live: Live, tell: Tell, console: Co
         SoftpruneError: a step failed.
     """
     places.out.parent.mkdir(parents=True, exist_ok=True)
-    with terminated_by_signal():
+    with ended_in_order():
         return _run_live(recipe, places, live, tell, console)
 
 

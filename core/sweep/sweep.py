@@ -24,7 +24,8 @@ from softprune.evaluate.pair import compare
 from softprune.files import write_whole
 from softprune.mask import ExpertMask, read_json
 from softprune.server_client import ServerClient, without_address
-from softprune.server_mask import mask_put_back, switch_obeyed, terminated_by_signal
+from softprune.server_mask import mask_put_back, switch_obeyed
+from softprune.signals import ended_in_order
 from softprune.sweep.cells import Cell
 from softprune.sweep.decode import Decode, decode_beside, is_of
 from softprune.sweep.errors import SweepError
@@ -129,7 +130,7 @@ class Sweep:
         bases: dict[int | None, Evaluation] = {}
         try:
             with ExitStack() as after:
-                after.enter_context(terminated_by_signal())
+                after.enter_context(ended_in_order())
                 for client in self._clients:
                     after.enter_context(mask_put_back(client))
                 for job in self._jobs:

@@ -32,6 +32,7 @@ from softprune.control import KEY_ENV
 from softprune.errors import InputError, SoftpruneError
 from softprune.mask import ExpertMask
 from softprune.server_client import ServerCallError, ServerClient, without_address
+from softprune.server_mask import mask_put_back
 from softprune.sweep import decode as sweep_decode
 from softprune.sweep.decode import Decode, decode_beside
 from tests.unit.fake_control import REFUSED, FakeControl, FakeEngine, ServedFake, make_launch, make_mask
@@ -162,7 +163,7 @@ def test_a_signal_puts_the_mask_back(live: ServedFake, tmp_path: Path) -> None:
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from softprune.cli import app; app()"
     command = [sys.executable, "-c", code, "bench", "compare", "--url", live.url, "--mask-a", "none", "--mask-b", str(mask)]
     command += ["--api", "openai", "--batch", "1", "--prompt-tokens", "8", "--max-new-tokens", "8", "--repeats", "500", "-o", str(out)]
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         live.api.asked.clear()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, KEY_ENV: "right"})
         deadline = time.monotonic() + 60
@@ -197,6 +198,41 @@ def test_nobody_else_may_switch(live: ServedFake) -> None:
 
     with pytest.raises(BenchmarkError, match="someone else switched the mask during the pass"):
         compare(masks(live), SMALL, [1], progress=meddle, **OPTIONS)
+    assert live.api.in_force is None, "what somebody wanted meanwhile stays"
+
+
+def test_a_mask_that_somebody_put_meanwhile_stays(live: ServedFake) -> None:
+    client, before, theirs = ServerClient(live.url), live.api.in_force, mask_of(5, live)
+
+    def use(*masks: ExpertMask | None, meddled: bool = True) -> None:
+        with mask_put_back(client):
+            for mask in masks:
+                client.switch(mask)
+            if meddled:
+                ServerClient(live.url).switch(theirs)
+
+    with pytest.raises(SoftpruneError, match=f"somebody else switched .* not mask {before.hash if before else ''}"):
+        use(mask_of(4, live))
+    assert live.api.in_force == theirs
+    use(mask_of(4, live), None, meddled=False)
+    assert live.api.in_force == theirs
+
+
+def test_a_switch_of_which_nothing_is_known_is_taken_back(live: ServedFake, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, before, call = ServerClient(live.url), live.api.in_force, ServerClient._call
+    lost: list[Any] = []
+
+    def unanswered(self: ServerClient, method: str, *args: Any) -> Any:
+        answer = call(self, method, *args)
+        if method == "PUT" and not lost:
+            lost.append(answer)
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr(ServerClient, "_call", unanswered)
+    with pytest.raises(KeyboardInterrupt), mask_put_back(client):
+        client.switch(mask_of(4, live))
+    assert live.api.in_force == before
 
 
 def test_refusals_before_anything_is_measured(server: FakeServer, live: ServedFake) -> None:

@@ -179,7 +179,7 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("after", [1, 2, 5, 8])
 def test_interrupted_it_puts_the_old_mask_back(start: Any, signal_number: int, after: int) -> None:
     """Wherever it is: among the log-probabilities or in the speed."""
@@ -192,16 +192,16 @@ def test_interrupted_it_puts_the_old_mask_back(start: Any, signal_number: int, a
             time.sleep(0.002)
         os.kill(os.getpid(), signal_number)
 
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     test = SelfTest(ServerClient(server.url, "right"), None, 2, 10)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt if signal_number == signal.SIGINT else SystemExit):
         test.run()
     thread.join()
     assert server.api.in_force == MASK
     assert (test.checks[-1].name, test.checks[-1].passed) == ("put back", True)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
 
 
 def test_a_server_that_dies_is_told_of(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
