@@ -70,6 +70,7 @@ class DecodeClient:
         self.model: str | None = None
         self.flags: dict[str, Any] = {}
         self._model_name: str | None = None
+        self._epoch: int | None = None
 
     async def __aenter__(self) -> DecodeClient:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._stall, sock_read=self._stall)
@@ -194,6 +195,18 @@ class DecodeClient:
         if status != 200 or not isinstance(body, dict):
             return None
         return body
+
+    async def check_epoch(self, batch: int | None = None, repeat: int | None = None) -> None:
+        """See that the server's mask has not been switched since the first call of this, as far as softprune tells.
+
+        Raises:
+            BenchmarkError: it has.
+        """
+        epoch = (await self.softprune_status() or {}).get("mask_epoch")
+        if self._epoch is None:
+            self._epoch = epoch
+        elif epoch != self._epoch:
+            raise BenchmarkError(batch, repeat, None, f"mask epoch {epoch}: someone switched the mask meanwhile", f"epoch {self._epoch}")
 
     async def text(self, path: str) -> tuple[int, str]:
         """(status, body) of one of the engine's own pages; raises `BenchmarkError` if nobody answers."""

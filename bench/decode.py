@@ -76,12 +76,14 @@ def measure(
         total = len(batches) * (warmup + repeats)
         done = 0
         async with DecodeClient(url, workload, api, stream, key=key, engine_key=engine_key, stall_seconds=stall_seconds) as client:
+            await client.check_epoch()
             document.update(await about(client, gpu))
             document.update(settings={**settings, "api": client.api, "stall_seconds": stall_seconds}, results=[], error=None)
             for batch in batches:
                 finished: list[dict[str, Any]] = []
                 for repeat in range(1 - warmup, repeats + 1):
                     result = await client.run_batch(batch, repeat)
+                    await client.check_epoch(batch, repeat)
                     done += 1
                     if repeat > 0:
                         finished.append(result.figures())

@@ -42,7 +42,9 @@ class Side:
         Raises:
             BenchmarkError: as `DecodeClient.run_batch`, or the side was not in force throughout.
         """
-        return await self.client.run_batch(batch, place)
+        result = await self.client.run_batch(batch, place)
+        await self.client.check_epoch(batch, place)
+        return result
 
 
 class MaskedSide(Side):
@@ -68,7 +70,7 @@ class MaskedSide(Side):
             self.enter()
             if self._shared["probed"]:
                 self.control.routes(reset=True)
-            result = await super().measured(batch, place)
+            result = await self.client.run_batch(batch, place)
             found = self.control.status()["mask_epoch"]
             if self._shared["probed"] and place > 0:
                 counts = np.array(self.control.routes()["counts"], np.int64)

@@ -160,41 +160,44 @@ def _padded(forward: Any, sampler: Sampler) -> Any:
     return padded
 
 
-def score(runner: Any, sampler: Sampler) -> None:
+def score(runner: Any, collector: Collector) -> None:
     """Have the sampler told of every token that is drawn, and of every prompt's token whose log-probability is asked for.
 
     Args:
         runner: SGLang's model runner.
-        sampler: of this process.
+        collector: of this process, with a sampler.
 
     Raises:
         SeamError: a seam is missing.
     """
     seams.check(seams.SCORES)
-    runner.sample = _drawing(runner.sample, sampler)
+    runner.sample = _drawing(runner.sample, collector)
     owner: Any = seams.owner(seams.INPUT_LOGPROBS)
-    owner.forward = _giving(owner.forward, sampler)
+    owner.forward = _giving(owner.forward, collector)
 
 
-def _drawing(sample: Any, sampler: Sampler) -> Any:
+def _drawing(sample: Any, collector: Collector) -> Any:
+    sampler = collector.sampler
+
     @functools.wraps(sample)
     def drawing(logits_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if not sampler.scores:
+        if sampler is None or not sampler.scores:
             return sample(logits_output, *args, **kwargs)
         raw = logits_output.next_token_logits.clone()  # SGLang masks, scales and normalises them in place
         tokens = sample(logits_output, *args, **kwargs)
-        sampler.drawn(raw, tokens)
+        with collector.guarded("scoring of drawn tokens"):
+            sampler.drawn(raw, tokens)
         return tokens
 
     return drawing
 
 
-def _giving(forward: Any, sampler: Sampler) -> Any:
-    signature = inspect.signature(forward)
+def _giving(forward: Any, collector: Collector) -> Any:
+    sampler, signature = collector.sampler, inspect.signature(forward)
 
     @functools.wraps(forward)
     def giving(*args: Any, **kwargs: Any) -> Any:
-        if not sampler.scores:
+        if sampler is None or not sampler.scores:
             return forward(*args, **kwargs)
         given = signature.bind(*args, **kwargs)
         states, indices, metadata = (given.arguments[name] for name in ("pruned_states", "input_logprob_indices", "logits_metadata"))
@@ -209,7 +212,8 @@ def _giving(forward: Any, sampler: Sampler) -> Any:
         def get_logits(part: Any, *more: Any, **named: Any) -> Any:
             nonlocal done
             logits, place = logits_of(part, *more, **named), slice(done, done + len(part))
-            sampler.given(rows[place], logits[: len(part)], targets[place])
+            with collector.guarded("scoring of a prompt"):
+                sampler.given(rows[place], logits[: len(part)], targets[place])
             done += len(part)
             return logits
 

@@ -67,7 +67,7 @@ class LiveMask:
         if self.draining:
             raise ControlError(409, "switch_in_progress", "another switch waits for running requests")
         if in_flight == "drain" and _of(scheduler, "_engine_paused"):
-            raise ControlError(409, "engine_is_paused", "in_flight=drain: somebody else has paused the engine; expected a running one")
+            raise _paused()
         with on_model_stream(scheduler):
             vote = self.model.stage(text)
         refusal = refusal_among(from_all_ranks(scheduler, vote))
@@ -98,11 +98,14 @@ class LiveMask:
         return {**self.epochs.status(), "draining": self.draining}
 
     def end_drain(self, scheduler: Any) -> None:
-        """Switch, if nothing is running any more. Never raises: that would end the server."""
+        """Switch, if nothing is running any more; give it up, if nothing will. Never raises: that would end the server."""
         try:
             if _is_drained(scheduler):
                 self.draining = False
                 self._outcome = self._commit(scheduler)
+            elif _of(scheduler, "_engine_paused"):
+                self.model.drop()
+                self.draining, self._outcome = False, _paused()
         except Exception as error:
             logger.exception("softprune: the switch after the drain failed")
             self.draining, self._outcome = False, ControlError.of(error)
@@ -265,6 +268,10 @@ def _with_kv(scheduler: Any) -> list[Any]:
 
 def _is_drained(scheduler: Any) -> bool:
     return not _with_kv(scheduler) and not any(request.retracted_stain for request in _waiting(scheduler))
+
+
+def _paused() -> ControlError:
+    return ControlError(409, "engine_is_paused", "in_flight=drain: somebody else has paused the engine; expected a running one")
 
 
 def _bar_from_cache(request: Any) -> None:

@@ -91,17 +91,16 @@ def _mask(runner: Any, launch: Launch) -> None:
 
 def _connect_sampler(runner: Any, model: MaskedModel, layers: Sequence[MoeLayer]) -> None:
     """Where more than router statistics are collected: experts that can be run, and tokens that are scored."""
-    sampler = model.collector.sampler if model.collector is not None else None
-    if sampler is None:
+    if model.collector is None or model.collector.sampler is None:
         return
     if dist.get_world_size() != 1:
         found = f"{dist.get_world_size()} processes"
         raise RefusedError(f"--softprune-stats {model.launch.stats}: found {found}; expected one, which has whole experts")
     model.connect_experts(experts.experts_of(layers, model.spec.num_experts))
     # The route probe would count the rows of padding.
-    collector.keep_within(sampler, () if model.launch.debug_routes else layers)
+    collector.keep_within(model.collector.sampler, () if model.launch.debug_routes else layers)
     if model.launch.stats == "eaft":
-        collector.score(runner, sampler)
+        collector.score(runner, model.collector)
 
 
 def tell_front_end(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:

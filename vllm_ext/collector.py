@@ -152,7 +152,8 @@ class Steps:
             # vLLM's sampler makes float32 of others, and changes float32 in place.
             raw = logits.clone() if logits.dtype == torch.float32 else logits
             output = sample(logits, *args, **kwargs)
-            sampler.drawn(raw, output.sampled_token_ids[:, 0])
+            with self._collector.guarded("scoring of drawn tokens"):
+                sampler.drawn(raw, output.sampled_token_ids[:, 0])
             return output
 
         return drawing
@@ -170,7 +171,8 @@ class Steps:
             def gathering(logprobs: Any, number: Any, token_ids: Any, *more: Any, **named: Any) -> Any:
                 mine = rows.pop(0) if rows else np.empty(0, np.int64)
                 if len(mine) == len(token_ids):
-                    sampler.given(mine, logprobs, token_ids)
+                    with self._collector.guarded("scoring of a prompt"):
+                        sampler.given(mine, logprobs, token_ids)
                 else:
                     sampler.lost += len(token_ids)
                 return gather(logprobs, number, token_ids, *more, **named)

@@ -12,8 +12,8 @@ import base64
 import logging
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -139,6 +139,7 @@ class Collector:
         self._quiet = False
         self._kept: dict[str | None, _Counted] = {}
         self._missed = 0
+        self._failed: str | None = None
 
     def into_slab(self, layer: int, rows: int) -> torch.Tensor | None:
         """Where a router's kernel may write its logits: [rows, num_experts] of the slab; None if the step is too large for it.
@@ -198,6 +199,17 @@ class Collector:
 
         self.sampler.experts, self.sampler.unmasked = experts, unmasked
 
+    @contextmanager
+    def guarded(self, what: str) -> Iterator[None]:
+        """What fails within the block ends the statistics, until a reset, and not the engine."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - a step or a switch that stopped half-way would end the engine, or worse
+            self._log.exception("softprune: statistics: %s failed; nothing is collected or handed out before a reset", what)
+            self._failed, self._running = f"{what}: {type(error).__name__}: {error}", None
+            if self.sampler is not None:
+                self.sampler.give_up()
+
     @property
     def unseen(self) -> list[int]:
         """MoE layers whose router has never written into the slab."""
@@ -226,7 +238,9 @@ class Collector:
             rows, captured: see `Sampler.begin`.
             spans: as for `step`, if they are known already.
         """
-        if self._running is not None and self.sampler is not None:
+        if self._running is None or self.sampler is None:
+            return
+        with self.guarded("sampling of a step"):
             self.sampler.begin(rows, captured)
             if spans is not None:
                 self.sampler.has(spans)
@@ -239,7 +253,10 @@ class Collector:
         """
         if self._running is None:
             return
-        spans = list(spans)
+        with self.guarded("counting of a step"):
+            self._count(list(spans), self._running)
+
+    def _count(self, spans: Sequence[Span], running: _Running) -> None:
         if self.sampler is not None:
             self.sampler.launched()
             self.sampler.has(spans)
@@ -255,7 +272,7 @@ class Collector:
         elif len(cells):
             self.stats.describe(cells)
             self.stats.add(len(cells))
-            self._running.tokens += np.bincount(cells, minlength=2 * self.tags.room).reshape(-1, 2)
+            running.tokens += np.bincount(cells, minlength=2 * self.tags.room).reshape(-1, 2)
 
     def miss(self, rows: int) -> None:
         """A step could not be counted; `GET status` shows how many tokens that were."""
@@ -271,9 +288,10 @@ class Collector:
     def begin_epoch(self, mask: ExpertMask | None) -> None:
         """A mask is in force, for steps launched from now on."""
         collecting = self._running is not None
-        self._close()
+        with self.guarded("keeping what was counted under the mask before"):
+            self._close()
         self._epoch, self._mask = self._epoch + 1, mask
-        if collecting:
+        if collecting and self._failed is None:
             self._begin()
 
     def call(self, action: str, **arguments: Any) -> Any:
@@ -300,7 +318,7 @@ class Collector:
             server was started with, "collecting", "tags", "max_tags", "masks": of each mask that something was counted under
             {"mask": hash or None, "epochs", "tokens": {tag: {"prefill", "decode", "cached"}}}, "missed_tokens", "lost_samples",
             "reads_outputs": whether long prefills have their norms read from the engine's kernels (None in mode "router"),
-            "device_bytes", "unhooked_layers"}.
+            "device_bytes", "unhooked_layers", "failed": what ended the statistics until a reset, or None}.
         """
         settings = self._settings
         now = self._now()
@@ -315,6 +333,7 @@ class Collector:
             "masks": masks, "missed_tokens": self._missed, "lost_samples": self.sampler.lost if self.sampler else 0,
             "reads_outputs": self.sampler.within.reads if self.sampler else None,
             "device_bytes": self.stats.num_bytes + (self.sampler.num_bytes if self.sampler else 0), "unhooked_layers": self.unseen,
+            "failed": self._failed,
         }  # fmt: skip
 
     @property
@@ -323,6 +342,7 @@ class Collector:
 
     def _start(self, mode: str, **settings: Any) -> dict[str, Any]:
         wanted = Settings(mode, **settings)
+        self._check_not_failed()
         if self._running is not None:
             raise ControlError(409, "already_collecting", f"mode {self._running.settings.mode} is being collected; expected a stop before")
         if MODES.index(mode) > MODES.index(self._most) or (wanted.samples and self.sampler is None):
@@ -343,7 +363,12 @@ class Collector:
         self._begin()
         return self.status()
 
+    def _check_not_failed(self) -> None:
+        if self._failed is not None:
+            raise ControlError(500, "statistics_failed", f"{self._failed}; what was counted may be wrong; expected a reset before")
+
     def _stop(self) -> dict[str, Any]:
+        self._check_not_failed()
         if self._running is None:
             raise ControlError(409, "not_collecting", "nothing is being collected; expected a start before")
         self._close()
@@ -355,7 +380,7 @@ class Collector:
             self.sampler.reset()
         self._kept.clear()
         self._missed = 0
-        self._sampled = None
+        self._sampled = self._failed = None
         if self._running is not None:
             if self._running.settings.samples:
                 self._sampled = self._running.settings
@@ -403,6 +428,7 @@ class Collector:
         self._running = None
 
     def _file(self, mask: str | None = None) -> dict[str, str]:
+        self._check_not_failed()
         if self._settings is None:
             raise ControlError(404, "never_started", "no statistics: POST stats/start has never been called")
         wanted = self._hash if mask is None else None if mask == "none" else mask

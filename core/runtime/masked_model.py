@@ -184,10 +184,14 @@ class MaskedModel:
         return None
 
     def commit(self) -> dict[str, Any]:
-        """Second half: put it in force, on the stream that runs the model. Returns the new `status`."""
-        self.routers.commit()
+        """Second half: put it in force, on the stream that runs the model. Returns the new `status`.
+
+        What may fail comes before, or ends no more than the statistics: a mask that is in force while others believe in the one before
+        would have its KV cached under that one's name.
+        """
         if self.probe is not None:
             self.probe.begin_epoch()
+        self.routers.commit()
         mask = self.routers.mask
         if self.collector is not None:
             self.collector.begin_epoch(mask)

@@ -152,6 +152,10 @@ class Sampler:
         self._slab.describe(np.empty(0, np.int64))
         self.settings, self._inline = None, None
 
+    def give_up(self) -> None:
+        """Sample no more, whatever becomes of what was sampled; `reset` comes next."""
+        self.settings, self._step, self._inline, self._under_way = None, None, None, False
+
     @torch.inference_mode()
     def sums(self, mask: str | None) -> SampledSums:
         """Sums under a mask, of all that was sampled until now; waits for the device."""
@@ -167,6 +171,8 @@ class Sampler:
         self._arrivals.forget()
         self._sums, self.lost = {}, 0
         self._slab.clear()
+        if self.settings is None:
+            self._slab.describe(np.empty(0, np.int64))
         self._records.fetch()
         self._waiting, self._measured, self._token_tags, self._token_kinds = [], [], [], []
 

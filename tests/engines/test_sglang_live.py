@@ -207,6 +207,27 @@ def test_a_paused_engine_switches(live: Client, masks: Any) -> None:
     assert (epochs(answer), len(answer["output_ids"])) == ([now, now + 2], 8 * CHUNK)
 
 
+def test_a_drain_is_given_up_when_the_engine_is_paused(live: Client, masks: Any) -> None:
+    """What runs would never end, and the switch would wait for it and keep all others waiting."""
+    now, pause = live.switch(masks["A"]), Pause()
+    path, body = f"{API}/mask?in_flight=drain", json.loads(masks["B"].dump())
+    with ThreadPoolExecutor(2) as pool:
+        run = pool.submit(live.stream, random_prompts(1, CHUNK, seed=17)[0], 12 * CHUNK, pause)
+        pause.until(CHUNK)
+        drain = pool.submit(live.server.request, "PUT", path, body)
+        while not live.status()["draining"]:
+            assert not drain.done()
+        assert live.server.request("POST", "/pause_generation", {"mode": "in_place"})[0] == 200
+        status, answer = drain.result(30)
+        assert (status, answer["error"]["kind"]) == (409, "engine_is_paused")
+        status = live.status()
+        assert (status["mask_epoch"], status["draining"], status["mask"]["hash"]) == (now, False, masks["A"].hash)
+        assert live.switch(masks["C"]) == now + 1
+        assert live.server.request("POST", "/continue_generation", {})[0] == 200
+        answer = run.result()
+    assert (epochs(answer), len(answer["output_ids"])) == ([now, now + 1], 12 * CHUNK)
+
+
 def test_switches_under_load(live: Client, masks: Any, evidence: Evidence) -> None:
     """Nothing fails, every answer is whole and names its epochs, and no step selects an expert that its epoch's mask prunes."""
     cycle = [masks[name] for name in "ABC"]

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from softprune.bench import roofline
 from softprune.bench import sides as sides_module
 from softprune.bench.compare import Masks, Urls, compare
-from softprune.bench.decode import BenchmarkError, Step
+from softprune.bench.decode import BenchmarkError, Step, measure
 from softprune.bench.errors import HttpStatusError
 from softprune.bench.hollow import hollow_checkpoint
 from softprune.bench.prompts import Workload
@@ -199,6 +199,21 @@ def test_nobody_else_may_switch(live: ServedFake) -> None:
     with pytest.raises(BenchmarkError, match="someone else switched the mask during the pass"):
         compare(masks(live), SMALL, [1], progress=meddle, **OPTIONS)
     assert live.api.in_force is None, "what somebody wanted meanwhile stays"
+
+
+@pytest.mark.parametrize("two_urls", [False, True])
+def test_a_switch_between_passes_is_noticed(live: ServedFake, two_urls: bool) -> None:
+    def meddle(*_: Any) -> None:
+        ServerClient(live.url).delete_mask()
+
+    def benchmark() -> None:
+        if two_urls:
+            compare(Urls(live.url, live.url), SMALL, [1], progress=meddle, **OPTIONS)
+        else:
+            measure(live.url, SMALL, [1], 3, api="openai", progress=meddle)
+
+    with pytest.raises(BenchmarkError, match=r"mask epoch 2: someone switched the mask meanwhile; expected epoch 1"):
+        benchmark()
 
 
 def test_a_mask_that_somebody_put_meanwhile_stays(live: ServedFake) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from softprune.control import ControlError
 from softprune.runtime.sample_slab import SLAB_ROWS, STEP_ROWS
+from softprune.runtime.sampled_sums import SampledSums
 from tests.unit.fake_control import LAYERS, TOP_K, make_launch, make_mask, make_model
 from tests.unit.sampled_engine import Request, SampledEngine, one_thread, same  # noqa: F401 - a fixture of all tests here
 from tests.unit.test_collector import api
@@ -316,3 +317,59 @@ def test_bodies_of_a_start() -> None:
     for body, sample in (({"mode": "router"}, None), ({"mode": "reap"}, 16), ({"mode": "eaft", "sample": 3, "attribution": "target"}, 3)):
         answer = run(api(stats="eaft"), "POST", "stats/start", json.dumps(body).encode())
         assert (answer.status, answer.json["mode"], answer.json["sample"]) == (200, body["mode"], sample)
+
+
+@pytest.mark.parametrize("says_before", [False, True])
+@pytest.mark.parametrize("where", ["_end_step", "_send"])
+def test_statistics_that_fail_end_neither_a_switch_nor_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, says_before: bool
+) -> None:
+    """Serving goes on, under the mask that was asked for; nothing is collected or handed out before a reset, and then all is right."""
+    engine, mask = SampledEngine(says_before=says_before), make_mask(KEEP)
+    engine.start()
+    traffic(engine)
+
+    def fails() -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(engine.sampler, where, fails)
+    engine.switch(mask)
+    status = engine.model.status()
+    assert (status["mask"]["hash"], status["statistics"]["collecting"]) == (mask.hash, False)
+    assert "MemoryError: no room" in status["statistics"]["failed"]
+    assert torch.isneginf(engine.model.routers.routers[0].bias[3:]).all()
+    traffic(engine)
+    for action, arguments in (("start", {"mode": "eaft"}), ("stop", {}), ("file", {"mask": "none"})):
+        with pytest.raises(ControlError, match="no room") as error:
+            engine.collector.call(action, **arguments)
+        assert (error.value.status, error.value.kind) == (500, "statistics_failed")
+
+    monkeypatch.undo()
+    assert engine.collector.call("reset")["failed"] is None
+    engine.rows.clear()
+    engine.scored.clear()
+    engine.start()
+    traffic(engine)
+    same(engine.file(tmp_path), engine.expected(2, mask.hash), "reap", "eaft.grid")
+
+    monkeypatch.setattr(engine.sampler, "_end_step", fails)
+    traffic(engine)
+    assert engine.collector.status()["failed"] == "sampling of a step: MemoryError: no room"
+
+
+def test_sums_that_fail_on_their_thread_end_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = SampledEngine("reap")
+    engine.start()
+    engine.step((PLAIN, 0, 9))
+
+    def fails(self: SampledSums, *args: object) -> int:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(SampledSums, "add_rows", fails)
+    engine.switch(make_mask(KEEP))
+    for i in range(3):
+        engine.step((PLAIN, 9 + i, 1))
+        engine.switch(None)
+    assert engine.collector.status()["failed"] == "keeping what was counted under the mask before: MemoryError: no room"
+    with pytest.raises(ControlError, match="no room"):
+        engine.file(Path())
