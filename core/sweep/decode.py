@@ -60,11 +60,12 @@ def decode_beside(base: ServerClient, server: ServerClient, mask: ExpertMask | N
     if server is base:
         found = compare(Masks(base.url, None, mask, names), workload, [decode.batch], key=base.key, **options)
     else:
-        epochs = [base.switch(None)["epoch"], server.switch(mask)["epoch"]]
+        base.switch(None)
+        server.switch(mask)
         found = compare(Urls(base.url, server.url, names, (base.key, server.key)), workload, [decode.batch], **options)
-        after = [client.status()["mask_epoch"] for client in (base, server)]
-        if after != epochs:
-            raise SoftpruneError(f"{label}: found mask epochs {after} after decoding; expected {epochs}: someone else switched a mask")
+        served = [found["sides"][side]["softprune"]["mask_hash"] for side in "ab"]
+        if served != (expected := [None, mask and mask.hash]):
+            raise SoftpruneError(f"{label}: found masks {served} when decoding began; expected {expected}: someone else switched")
     for row in found["results"]:
         for side in ("a", "b"):
             for one in row[side]["repeats"]:

@@ -345,9 +345,17 @@ def test_decode_beside_another_server(live: ServedFake, monkeypatch: pytest.Monk
         assert [found["sides"][name]["softprune"]["mask_hash"] for name in "ab"] == [None, mask.hash]
         for one, other in ((base, live), (live, base)):
             one.engine.seen = Meddler(other)
-            with pytest.raises(SoftpruneError, match="keep4: found mask epochs .* someone else switched a mask"):
+            with pytest.raises(SoftpruneError, match="someone switched the mask meanwhile"):
                 decode_beside(*own, mask, "keep4", decode)
             one.engine.seen = []
+
+        def late(*args: Any, **kwargs: Any) -> Any:
+            own[1].delete_mask()
+            return compare(*args, api="openai", **kwargs)
+
+        monkeypatch.setattr(sweep_decode, "compare", late)
+        with pytest.raises(SoftpruneError, match=r"keep4: found masks \[None, None\] when decoding began"):
+            decode_beside(*own, mask, "keep4", decode)
 
 
 def cli(*arguments: object) -> tuple[int, str]:
