@@ -105,7 +105,12 @@ def compare(
                 asked = [(sides.url, control.key)]
             else:
                 asked = [(url, own or key) for url, own in zip((sides.a, sides.b), sides.keys, strict=True)]
-            clients = [await stack.enter_async_context(DecodeClient(url, workload, key=own, **options)) for url, own in asked]
+            clients = []
+            for url, own in asked:
+                try:
+                    clients.append(await stack.enter_async_context(DecodeClient(url, workload, key=own, **options)))
+                except BenchmarkError as error:
+                    raise InputError(url, "", error.found, error.expected) from None
             if isinstance(sides, Masks):
                 assert control is not None
                 pair = masked_sides(clients[0], control, (sides.a, sides.b), probed=limits is not None)

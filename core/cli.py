@@ -23,9 +23,9 @@ from softprune.checkpoint.families import ModelSpec, family_of, read_config, spe
 from softprune.checkpoint.fingerprint import fingerprint_of_checkpoint
 from softprune.checkpoint.headers import TensorIndex
 from softprune.checkpoint.presets import PRESETS
-from softprune.errors import CheckpointError, MaskError, SoftpruneError
+from softprune.errors import CheckpointError, MaskError, SoftpruneError, of_system
 from softprune.evaluate import cli as evaluate_cli
-from softprune.evaluate.gate_cli import gate_command
+from softprune.evaluate.gate_cli import GateCommand, gate_command
 from softprune.mask import ExpertMask
 from softprune.mask_forms import SECTIONS, build, convert
 from softprune.options import whole_numbers
@@ -49,6 +49,10 @@ class _Group(typer.core.TyperGroup):
             return super().invoke(ctx)
         except SoftpruneError as error:
             _fail(ctx, str(error))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _fail(ctx, of_system(error))
         except ModuleNotFoundError as error:
             # Beside an engine, softprune is installed without what it depends on; engines bring most of it, but not plots and Parquet.
             if (error.name or "softprune").startswith("softprune"):
@@ -75,17 +79,17 @@ app.add_typer(stats_app, name="stats")
 app.command("selftest")(selftest)
 app.command("rank")(rank_command)
 app.command("select")(select_command)
-app.command("gate")(gate_command)
+app.command("gate", cls=GateCommand)(gate_command)
 app.command("prune")(recipe_cli.prune_command)
-app.command("run")(recipe_cli.run_command)
+app.command("run", cls=GateCommand)(recipe_cli.run_command)
 app.command("lock")(recipe_cli.lock_command)
 app.command("rewrite")(rewrite_cli.rewrite_command)
 app.command("verify")(rewrite_cli.verify_command)
 app.command("plan")(rewrite_cli.plan_command)
 app.command("eval")(evaluate_cli.eval_command)
 app.command("sweep")(sweep_command)
-app.command("noise-floor")(evaluate_cli.noise_floor_command)
-app.command("no-op")(evaluate_cli.no_op_command)
+app.command("noise-floor", cls=GateCommand)(evaluate_cli.noise_floor_command)
+app.command("no-op", cls=GateCommand)(evaluate_cli.no_op_command)
 app.command("report")(report_command)
 console = Console(highlight=False)
 

@@ -19,6 +19,12 @@ def shortened(value: object) -> str:
     return text if len(text) < 80 else text[:77] + "…"
 
 
+def of_system(error: OSError) -> str:
+    """What the operating system refused, as errors of ours say it."""
+    file = error.filename2 or error.filename
+    return f"{file}: found {error.strerror or error}; expected a place that can be read, or written" if file else str(error)
+
+
 @dataclass
 class InputError(SoftpruneError):
     """A file that a user gave is not what it should be.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from softprune.errors import InputError
 
 
 @contextmanager
@@ -16,8 +18,14 @@ def replaced_after(path: Path) -> Iterator[Path]:
 
     Args:
         path: in a folder that exists.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # and not the temporary one's name
     try:
         os.close(handle)
         yield Path(temporary)
@@ -48,6 +56,17 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file through a temporary one beside it; whatever goes wrong, the old file stays."""
     with written_after(path, text):
         pass
+
+
+def check_apart(out: str | Path, inputs: Iterable[str | Path | None], option: str = "--out") -> None:
+    """Refuse to write over what is read.
+
+    Raises:
+        InputError: `out` is one of the inputs.
+    """
+    for path in inputs:
+        if path is not None and os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
+            raise InputError(option, "", f"{out}, which is read", "another file")
 
 
 def digest_of(data: bytes) -> str:

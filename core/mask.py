@@ -196,7 +196,7 @@ class ExpertMask(BaseModel):
         if force:
             return f"{source}: model.fingerprint {mine[:19]}… is not the model's {fingerprint[:19]}…; used since it was forced"
         raise MaskError(
-            source, "model.fingerprint", mine, f"{fingerprint}, that of the model; --expert-mask-force uses the mask all the same"
+            source, "model.fingerprint", mine, f"{fingerprint}, that of the model (a server's --expert-mask-force uses it all the same)"
         )
 
     def dump(self) -> str:

@@ -60,6 +60,8 @@ def convert(
     source = str(path)
     data = _read(path)
     if isinstance(data, dict) and data.get("format") == mask_file.FORMAT:
+        if keep_n is not None:
+            raise MaskError(source, "", "an expert mask", "no --keep-n, which only a ranking can use")
         mask = ExpertMask.parse(data if top_k is None else {**data, "top_k": top_k}, source)
         mask.check_model(spec, source)
         return mask

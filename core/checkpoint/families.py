@@ -147,7 +147,7 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     path = Path(model_dir) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(str(path), "", "no such file", "a checkpoint folder with a config.json") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(str(path), "", f"no valid JSON ({error})", "a JSON object") from None

@@ -160,6 +160,7 @@ def no_op_command(
 
     Exits as `softprune gate` does.
     """
+    from softprune.checkpoint.families import read_config
     from softprune.evaluate.gate_cli import exits_as_gate, show
     from softprune.evaluate.noise import no_op
 
@@ -167,6 +168,7 @@ def no_op_command(
     with exits_as_gate(errors):
         gates = _gates(thresholds)
         run = _overridden(_only_run(recipe), files, seq_lens, num_blocks, token_budget, block_form, concurrency, None)
+        read_config(model)  # else the Hub is asked for a tokenizer of this name
         blocks = _packs(run, str(model), not no_union, errors)
         result = no_op(model, blocks, out, _settings(run), gates, engine, shlex.split(engine_args), errors, _tell)
     show(result)

@@ -6,23 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
-from softprune.errors import SoftpruneError
+from softprune.errors import SoftpruneError, of_system
 from softprune.evaluate import evaluation, gates, pair
 from softprune.evaluate.bootstrap import Interval
 from softprune.evaluate.errors import EvaluationFileError
 from softprune.evaluate.gate_result import COLOURS, EXIT_CODES, GateResult, Row
 from softprune.evaluate.gates import Check, Gates
 from softprune.evaluate.served import mask_name
-from softprune.files import write_whole
+from softprune.files import check_apart, write_whole
 
 console = Console(highlight=False)
+_UsageError: Any = typer.BadParameter.__mro__[1]  # of click, which typer depends on or has a copy of
 
 
 class Rule(str, Enum):
@@ -62,6 +64,8 @@ def gate_command(
 ) -> None:
     """Judge a candidate: exits with 0 for PASS, 1 for FAIL, 2 for INCOMPLETE, 3 for INVALID or what cannot be read."""
     with exits_as_gate(Console(stderr=True)):
+        if out is not None:
+            check_apart(out, [base, candidate])
         chosen = gates.read(
             thresholds, ppl_rule=ppl_rule and ppl_rule.value, cc_thresholds=cc_thresholds and cc_thresholds.value,
             gate_packs=packs and packs.value,
@@ -77,6 +81,27 @@ def gate_command(
     raise typer.Exit(result.exit_code)
 
 
+class GateCommand(TyperCommand):
+    """Wrong arguments end with INVALID's code as well: the command line's own, 2, would mean INCOMPLETE."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _usage_is_invalid():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _usage_is_invalid():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_is_invalid() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        error.exit_code = EXIT_CODES["INVALID"]
+        raise
+
+
 @contextmanager
 def exits_as_gate(errors: Console) -> Iterator[None]:
     """End with INVALID's code after an error: the command line's own, 2, would mean INCOMPLETE.
@@ -90,7 +115,8 @@ def exits_as_gate(errors: Console) -> Iterator[None]:
     try:
         yield
     except (SoftpruneError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        text = of_system(error) if isinstance(error, OSError) else str(error)
+        errors.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_CODES["INVALID"]) from None
 
 

@@ -59,11 +59,16 @@ def rank(
         raise RankError("tags", "", f"weights of tags for {method}", "none, since this method reads no statistics")
     statistics, inputs = (None, {}) if stats is None or chosen.reads != "statistics" else _statistics(stats, chosen, progress)
     folder = None if checkpoint is None else Path(checkpoint)
+    if stats is not None and statistics is None and model is None and folder is None:
+        raise RankError("--stats", "", f"statistics for {method}, which reads none", "--model, the model's folder, in their place")
     known = _known_model(statistics, model, folder)
     source = Source(known, weights, statistics, folder, None if ranking is None else Path(ranking), progress)
     found = chosen.score(source)
     if not np.isfinite(found.values).all() or found.values.shape != (known.num_layers, known.num_experts):
         raise RankError(method, "scores", "values that are not finite", "a finite score for every expert")
+    if statistics is not None and len(empty := np.flatnonzero(~found.values.any(1))):
+        told = f"nothing that {method} ranks by, in MoE layer {empty[0]}" + (f" and {len(empty) - 1} more" if len(empty) > 1 else "")
+        raise RankError(statistics.source, "scores", told, "tokens that were counted in all, under the tags and parameters asked for")
     if ranking is not None and chosen.reads == "ranking":
         inputs = {"ranking": {"file": Path(ranking).name, "sha256": digest_of_file(Path(ranking))}}
     return Scores(

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from softprune.files import check_apart
 from softprune.ranking import scores_file
 from softprune.ranking.api import rank
 from softprune.ranking.errors import RankError
@@ -42,6 +43,8 @@ def rank_command(
     ] = None,
 ) -> None:
     """Score every expert: from statistics, or from a checkpoint or a foreign ranking alone."""
+    if out is not None:
+        check_apart(out, [*(stats or ()), ranking])
     size = sum(file.stat().st_size for file in stats or () if file.is_file())
     with tensor_progress(size or None, Console(stderr=True)) as progress:
         scores = rank(

@@ -66,10 +66,10 @@ def run_command(
     one, and the rewritten checkpoint is served, judged as well, and its routing collected. A mask that does not PASS is taken back, and
     nothing is rewritten. Exits as `softprune gate` does.
     """
-    read = read_recipe(recipe, variant)
-    places = Places.of(read, recipe, model, out, tuple(stats or ()), ranking)
     errors = Console(stderr=True)
     if url is None:
+        read = read_recipe(recipe, variant)
+        places = Places.of(read, recipe, model, out, tuple(stats or ()), ranking)
         if packs or eval_packs or rewritten_url:
             raise InputError("--url", "", "nothing, with options that need it", "a server")
         with tensor_progress(None, errors) as progress:
@@ -84,6 +84,8 @@ def run_command(
     from softprune.stats.collect_packs import load
 
     with exits_as_gate(errors):
+        read = read_recipe(recipe, variant)
+        places = Places.of(read, recipe, model, out, tuple(stats or ()), ranking)
         regime = read.eval_regime
         lengths = seq_lens_of(seq_lens or regime.get("seq_lens_csv") or "1024,2048")
         sizes = pack_module.Sizes(lengths, num_blocks or regime.get("num_blocks", 512))

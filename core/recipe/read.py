@@ -7,12 +7,12 @@ a model; all others are taken along unread. Commands under `execution` are never
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from softprune.errors import shortened
-from softprune.ranking.registry import ALIASES
+from softprune.ranking.registry import ALIASES, CRITERIA
 from softprune.recipe.errors import RecipeError
 from softprune.recipe.recipe import KIND, MAX_SHARD_GB, SCHEMA, Recipe
 from softprune.selection.select import Protect, Union
@@ -82,19 +82,33 @@ class _Reader:
         if writing.get("writer", "safetensors") != "safetensors" or writing.get("shard_bytes_definition", "decimal_gb") != "decimal_gb":
             found = f"{writing.get('writer')}, {writing.get('shard_bytes_definition')}"
             raise RecipeError(self.source, "structural_rewrite", found, "writer safetensors, shard_bytes_definition decimal_gb")
-        statistics = source.get("statistics") or []
-        union = constraints.get("union")
+        statistics, union = source.get("statistics") or [], constraints.get("union")
+        files = [statistics] if isinstance(statistics, str) else statistics
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise RecipeError(self.source, "source.statistics", shortened(statistics), "a file, or a list of files")
+        tags = self._section(scoring, "tags")
+        for tag, weight in tags.items():
+            if not isinstance(tag, str) or not _is_number(weight):
+                raise RecipeError(self.source, f"scoring.tags.{tag}", shortened(weight), "a weight")
         return Recipe(
             name=str(data.get("name", "")), description=str(data.get("description", "")).strip(), base_model=model.get("base_model_id"),
-            method=method, parameters=parameters, tags=scoring.get("tags") or {}, normalise_tags=bool(scoring.get("normalise_tags", False)),
+            method=method, parameters=parameters, tags=tags,
+            normalise_tags=self._value(scoring, "scoring.normalise_tags", False, lambda value: isinstance(value, bool), "true or false"),
             budget=self._budget(model, multiple, constraints.get("keep_n_round"), constraints.get("backend")),
             protect=Protect(
-                core.get("core_pos_top_m", 0), core.get("core_count_top_m", 0), core.get("super_experts", "none"), core.get("tag_top_m", 0)
+                self._count(core, "selection_constraints.core_experts.core_pos_top_m"),
+                self._count(core, "selection_constraints.core_experts.core_count_top_m"), core.get("super_experts", "none"),
+                self._count(core, "selection_constraints.core_experts.tag_top_m"),
             ),
             union=None if union is None else self._made(Union, union, "selection_constraints.union"),
-            max_shard_gb=float(writing.get("max_shard_size_gb", MAX_SHARD_GB)), model=source.get("model_path"),
-            statistics=tuple([statistics] if isinstance(statistics, str) else statistics), ranking=source.get("ranking"),
-            scores=source.get("scores_yaml"), num_experts=model.get("num_experts"), top_k=scoring.get("top_k"),
+            max_shard_gb=float(
+                self._value(
+                    writing, "structural_rewrite.max_shard_size_gb", MAX_SHARD_GB, lambda value: _is_number(value) and value > 0,
+                    "a number of gigabytes",
+                )
+            ),
+            model=self._path(source, "model_path"), statistics=tuple(files), ranking=self._path(source, "ranking"),
+            scores=self._path(source, "scores_yaml"), num_experts=model.get("num_experts"), top_k=scoring.get("top_k"),
             notes={name: data[name] for name in data if name in _TAKEN_ALONG},
         )  # fmt: skip
 
@@ -129,6 +143,8 @@ class _Reader:
         self._only(eaft, "profiling_data.eaft", {"entropy_topk", *_EAFT})
         method = scoring.get("method") or ("eaft_reap" if eaft else None)
         method = None if method is None else ALIASES.get(method, method)
+        if method is not None and method not in CRITERIA:
+            raise RecipeError(self.source, "scoring.method", shortened(method), f"one of {', '.join(CRITERIA)}")
         parameters = dict(self._section(scoring, "parameters"))
         if method == "eaft_reap":
             for part in (scoring, weights, eaft):
@@ -143,6 +159,9 @@ class _Reader:
     def _budget(self, model: Mapping[str, Any], multiple: Any, rounding: Any, backend: Any) -> dict[str, Any]:
         """A number that is given goes before the share that it was made from."""
         budget: dict[str, Any] = {}
+        self._value(model, "model.keep_n", None, lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number")
+        for name in ("compression_ratio", "keep_frac_requested"):
+            self._value(model, f"model.{name}", None, lambda value: _is_number(value) or isinstance(value, str), "a share")
         if model.get("keep_n") is not None:
             budget["keep"] = model["keep_n"]
         elif model.get("compression_ratio") is not None:
@@ -153,6 +172,23 @@ class _Reader:
             raise RecipeError(self.source, "model.keep_n", "nothing", "keep_n, keep_frac_requested or compression_ratio")
         given = {"rounding": rounding, "keep_multiple": multiple, "backend": backend}
         return {**budget, **{name: value for name, value in given.items() if value is not None}}
+
+    def _value(self, section: Mapping[str, Any], field: str, default: Any, is_right: Callable[[Any], bool], expected: str) -> Any:
+        """The value that the field's last part names in a section; the default where it is missing or null."""
+        value = section.get(field.rpartition(".")[2])
+        if value is None:
+            return default
+        if not is_right(value):
+            raise RecipeError(self.source, field, shortened(value), expected)
+        return value
+
+    def _count(self, section: Mapping[str, Any], field: str) -> int:
+        found: int = self._value(section, field, 0, lambda value: type(value) is int and value >= 0, "a whole number from 0 on")
+        return found
+
+    def _path(self, section: Mapping[str, Any], name: str) -> str | None:
+        found: str | None = self._value(section, f"source.{name}", None, lambda value: isinstance(value, str), "a path")
+        return found
 
     def _same(self, name: str, sections: Mapping[str, Mapping[str, Any]]) -> Any:
         """A value that may stand in several sections; refused where they differ."""
@@ -180,3 +216,7 @@ class _Reader:
             return kind(**values)
         except TypeError as error:
             raise RecipeError(self.source, field, shortened(values), f"coverage, core and normalise ({error})") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

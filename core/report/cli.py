@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from softprune.files import check_apart
 from softprune.report.sizes import readable
 
 console = Console(highlight=False)
@@ -26,6 +27,7 @@ def report_command(
     """Write one HTML file of what is given: verdicts, tables, planes, heatmaps. It needs no network and no server to be read."""
     from softprune.report.html import report, write_report  # Jinja2, Pillow and NumPy, without which the other commands start
 
+    check_apart(out, [*files, base])
     text = report(files, base, gates)
     write_report(text, out)
     console.print(f"{out}: {readable(len(text.encode()))}", soft_wrap=True, markup=False)

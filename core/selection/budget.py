@@ -100,6 +100,11 @@ class Budget:
             raise MaskError("budget", "minimum, maximum", f"{low}, {high}", f"1 <= minimum <= maximum <= {num_experts}")
         neff = effective_number(masses)
         total = uniform * num_layers if self.keep_frac is None else round(_decimal("keep_frac", self.keep_frac) * num_layers * num_experts)
+        if not low * num_layers <= total <= high * num_layers:
+            found = f"{low}, {high}, which {total} experts in {num_layers} layers cannot meet"
+            raise MaskError(
+                "budget", "minimum, maximum", found, f"minimum at most {total // num_layers}, maximum at least {-(-total // num_layers)}"
+            )
         counts = spread(neff.tolist(), total, low, high)
         return counts, {"by_layer": "neff", "neff": [round(float(n), 4) for n in neff], "keep": counts}
 

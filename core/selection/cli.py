@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from softprune.files import check_apart
 from softprune.ranking import scores_file
 from softprune.ranking.api import model_of_checkpoint
 from softprune.report.keep_map import keep_map
@@ -81,6 +82,7 @@ def select_command(
     ] = None,
 ) -> None:
     """Choose the experts that stay; the mask's provenance tells why each does."""
+    check_apart(out, [scores])
     found = scores_file.read(scores, None if model is None else model_of_checkpoint(model))
     mask = select(
         found, keep, keep_frac=keep_frac, compression_ratio=compression_ratio, rounding=rounding.value, keep_multiple=keep_multiple,

@@ -99,7 +99,7 @@ def select(
         RankError: the scores file cannot be used.
     """
     found = scores if isinstance(scores, Scores) else read(scores)
-    multiple = BACKEND_MULTIPLES.get(backend or "", 1) if keep_multiple is None else keep_multiple
+    multiple = BACKEND_MULTIPLES.get((backend or "").replace("-", "_"), 1) if keep_multiple is None else keep_multiple
     budget = Budget(keep, keep_frac, compression_ratio, rounding, multiple, by_layer, minimum, maximum)
     guard, positive = protect or Protect(), np.maximum(found.values, 0)
     counts, told = budget.of_layers(_mass(found))

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from softprune.control import ENGINE_KEY_ENV
 from softprune.errors import InputError, shortened
-from softprune.files import replaced_after
+from softprune.files import check_apart, replaced_after
 from softprune.report.progress import count_progress, tensor_progress
 from softprune.server_client import ServerClient
 from softprune.stats import merge as merging
@@ -157,6 +157,7 @@ def stats_merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
 ) -> None:
     """Add statistics files; refuses those that do not add up, and runs that would be counted twice."""
+    check_apart(out, files)
     size = sum(file.stat().st_size for file in files if file.is_file())
     with tensor_progress(size, Console(stderr=True)) as progress:
         total = merging.merge_files(files, progress)
@@ -208,6 +209,7 @@ def stats_export(file: File, parquet: Annotated[Path, typer.Option(metavar="OUT"
     """Write one row for each layer, expert, tag and phase, with a column for each quantity."""
     from softprune.stats.export import export  # pyarrow, without which the other commands start
 
+    check_apart(parquet, [file], "--parquet")
     rows = export(read(file, {name for name, spec in SPECS.items() if spec.axes.count("expert") == 1}), parquet)
     console.print(f"{parquet}: {rows:,} rows", soft_wrap=True, markup=False)
 

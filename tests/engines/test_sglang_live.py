@@ -219,7 +219,7 @@ def test_a_drain_is_given_up_when_the_engine_is_paused(live: Client, masks: Any)
             assert not drain.done()
         assert live.server.request("POST", "/pause_generation", {"mode": "in_place"})[0] == 200
         status, answer = drain.result(30)
-        assert (status, answer["error"]["kind"]) == (409, "engine_is_paused")
+        assert (status, answer["error"]["type"]) == (409, "engine_is_paused")
         status = live.status()
         assert (status["mask_epoch"], status["draining"], status["mask"]["hash"]) == (now, False, masks["A"].hash)
         assert live.switch(masks["C"]) == now + 1

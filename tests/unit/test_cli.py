@@ -141,3 +141,49 @@ def test_a_module_of_its_own_that_is_missing_is_a_fault(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "softprune.stats.export", None)
     with pytest.raises(ModuleNotFoundError):
         run("stats", "export", tmp_path / "a", "--parquet", tmp_path / "b")
+
+
+def test_places_that_cannot_be_read_or_written_are_named(models: dict[str, Path], tmp_path: Path) -> None:
+    model, file = models["gpt-oss"], tmp_path / "mask.json"
+    assert run("mask", "new", "-m", model, "--keep-first", 24, "-o", file)[0] == 0
+    for out in (tmp_path, file / "below"):
+        code, output = run("mask", "new", "-m", model, "--keep-first", 24, "-o", out)
+        assert code == 2
+        assert f"{out if out == tmp_path else file}: found" in output.replace("\n", ""), output
+    for command in ("checkpoint info", "prune --out x", "verify x"):
+        code, output = run(*command.split(), model / "config.json")
+        assert code == 2
+        assert "config.json/config.json: found no such file; expected a checkpoint folder" in output.replace("\n", ""), output
+    assert not list(tmp_path.glob(".mask*"))
+
+
+def test_a_mask_takes_no_number_to_keep(models: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "mask.json"
+    run("mask", "new", "-m", models["gpt-oss"], "--keep-first", 24, "-o", file)
+    code, output = run("mask", "convert", file, "-m", models["gpt-oss"], "--keep-n", 20, "-o", tmp_path / "out.json")
+    assert code == 2
+    assert "found an expert mask; expected no --keep-n" in output
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["rank IN -o IN", "select IN --keep 4 -o IN", "report IN -o IN", "gate IN OTHER -o IN", "stats merge OTHER IN -o IN",
+     "stats export IN --parquet IN"],
+)  # fmt: skip
+def test_nothing_is_written_over_what_is_read(tmp_path: Path, command: str) -> None:
+    (tmp_path / "in").write_text("kept")
+    names = {"IN": tmp_path / "in", "OTHER": tmp_path / "other"}
+    code, output = run(*(names.get(word, word) for word in command.split()))
+    assert code == (3 if command.startswith("gate") else 2)
+    assert "which is read; expected another file" in output.replace("\n", " "), output
+    assert (tmp_path / "in").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["gate", "gate only.json", "gate a b --packs code", "gate --bogus", "gate no.json no.json -o none/x", "noise-floor --url U",
+     "no-op MODEL", "no-op missing --out x", "run"],
+)  # fmt: skip
+def test_wrong_arguments_are_no_verdict(command: str) -> None:
+    """2 is INCOMPLETE."""
+    assert run(*command.split())[0] == 3

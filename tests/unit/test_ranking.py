@@ -265,3 +265,16 @@ def test_functions_of_the_package() -> None:
     assert softprune.rank is rank
     with pytest.raises(AttributeError, match="nonsense"):
         _ = softprune.nonsense
+
+
+@pytest.mark.parametrize(("method", "parameters"), [("frequency", {"phase": "decode"}), ("gate_mass", {}), ("reap", {})])
+def test_nothing_that_was_counted_ranks_nothing(method: str, parameters: dict[str, Any]) -> None:
+    """Ids in ascending order would look like a ranking."""
+    found = statistics(router__count=[[[6, 4, 0, 2]], [[0, 0, 0, 0]]])
+    with pytest.raises(RankError, match=f"scores: found nothing that {method} ranks by, in MoE layer 0; expected tokens that were counted"):
+        rank(found, method, **parameters)
+
+
+def test_statistics_for_a_method_that_reads_none_are_named() -> None:
+    with pytest.raises(RankError, match="--stats: found statistics for weights, which reads none; expected --model"):
+        rank(statistics(router__count=COUNTS), "weights")

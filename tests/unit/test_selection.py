@@ -212,6 +212,10 @@ def test_effective_number_and_budgets() -> None:
     assert spread([1.0, 1.0], 100, 1, 8) == [8, 8]
     assert spread([0.0, 0.0], 4, 1, 8) == [2, 2]
     found = scores([[1.0, 1, 1, 1], [4, 0, 0, 0], [3, 1, 0, 0]])
+    with pytest.raises(MaskError, match="minimum, maximum: found 1, 1, which 6 experts in 3 layers cannot meet"):
+        select(found, keep=2, by_layer="neff", maximum=1)
+    with pytest.raises(MaskError, match="expected minimum at most 2, maximum at least 2"):
+        select(found, keep=2, by_layer="neff", minimum=3)
     mask = select(found, keep=2, by_layer="neff")
     assert mask.num_kept == [4, 1, 1]
     assert mask.provenance["selection"]["neff"] == [4.0, 1.0, 1.6]
