@@ -150,8 +150,8 @@ def test_places_that_cannot_be_read_or_written_are_named(models: dict[str, Path]
         code, output = run("mask", "new", "-m", model, "--keep-first", 24, "-o", out)
         assert code == 2
         assert f"{out if out == tmp_path else file}: found" in output.replace("\n", ""), output
-    for command in ("checkpoint info", "prune --method random --keep 4 --out x"):
-        code, output = run(*command.split(), model / "config.json")
+    for command in (("checkpoint", "info"), ("prune", "--method", "random", "--keep", 4, "--out", tmp_path / "pruned")):
+        code, output = run(*command, model / "config.json")
         assert code == 2
         assert "config.json/config.json: found no such file; expected a checkpoint folder" in output.replace("\n", ""), output
     assert not list(tmp_path.glob(".mask*"))
