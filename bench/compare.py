@@ -67,7 +67,7 @@ def compare(
     sides: Masks | Urls, workload: Workload, batches: Sequence[int], repeats: int = 8, warmup: int = 1, stream: bool = True, *,
     api: Api | Literal["auto"] = "auto", key: str | None = None, engine_key: str | None = None, gpu: str | None = None,
     limits: StepLimits | None = None, notes: Mapping[str, str] | None = None, stall_seconds: float = 60.0,
-    progress: Callable[[str, Step], None] | None = None, into: dict[str, Any] | None = None,
+    progress: Callable[[str, Step], None] | None = None, into: dict[str, Any] | None = None, client: ServerClient | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure B against A at every batch size; not for callers inside an event loop.
 
@@ -78,6 +78,7 @@ def compare(
         limits: what a step could be at best, for the roofline column.
         progress: called with the side, "a" or "b", after every pass.
         into: filled with the document while it grows, so that it is there whatever happens.
+        client: of the server whose masks are switched, for a caller that switches them as well; else one is made.
 
     Returns:
         The raw document, JSON-ready, without host names and paths.
@@ -148,7 +149,7 @@ def compare(
         with ExitStack() as after:
             control = None
             if isinstance(sides, Masks):
-                control = ServerClient(sides.url, key, engine_key=engine_key)
+                control = client or ServerClient(sides.url, key, engine_key=engine_key)
                 after.enter_context(ended_in_order())
                 after.enter_context(mask_put_back(control))
             run_async(run(control))

@@ -358,6 +358,18 @@ def test_decode_beside_another_server(live: ServedFake, monkeypatch: pytest.Monk
             decode_beside(*own, mask, "keep4", decode)
 
 
+def test_decode_beside_no_mask_on_one_server(live: ServedFake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its switches are the caller's own, who puts back what was in force before all."""
+    monkeypatch.setattr(sweep_decode, "compare", partial(compare, api="openai"))
+    client, before, mask = ServerClient(live.url), live.api.in_force, mask_of(4, live)
+    with mask_put_back(client):
+        client.switch(mask)
+        found = decode_beside(client, client, mask, "keep4", Decode(1, 8, 6, 1))
+        assert live.api.in_force == mask
+    assert found["sides"]["b"]["softprune"]["mask_hash"] == mask.hash
+    assert live.api.in_force == before
+
+
 def cli(*arguments: object) -> tuple[int, str]:
     result = CliRunner(env={"COLUMNS": "140"}).invoke(app, [str(argument) for argument in ("bench", "compare", *arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
