@@ -128,9 +128,10 @@ def alone(*folders: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((folder / ".lock").open("w"))
+            opened = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, opened)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(str(folder), "", "another run at work in it", "a folder of its own for each run") from None
         yield
