@@ -194,18 +194,18 @@ class DecodeClient:
         status, body = await self._get(f"{PREFIX}/status", {KEY_HEADER: self._key} if self._key else None)
         if status != 200 or not isinstance(body, dict):
             return None
+        if self._epoch is None:
+            self._epoch = body.get("mask_epoch")
         return body
 
     async def check_epoch(self, batch: int | None = None, repeat: int | None = None) -> None:
-        """See that the server's mask has not been switched since the first call of this, as far as softprune tells.
+        """See that the server's mask has not been switched since softprune first told what is served.
 
         Raises:
             BenchmarkError: it has.
         """
         epoch = (await self.softprune_status() or {}).get("mask_epoch")
-        if self._epoch is None:
-            self._epoch = epoch
-        elif epoch != self._epoch:
+        if epoch != self._epoch:
             raise BenchmarkError(batch, repeat, None, f"mask epoch {epoch}: someone switched the mask meanwhile", f"epoch {self._epoch}")
 
     async def text(self, path: str) -> tuple[int, str]:

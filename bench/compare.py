@@ -117,8 +117,6 @@ def compare(
                 pair = masked_sides(clients[0], control, (sides.a, sides.b), probed=limits is not None)
             else:
                 pair = (Side(clients[0]), Side(clients[1]))
-                for client in clients:
-                    await client.check_epoch()
             facts = {}
             for name, side, called in zip(NAMES, pair, sides.names, strict=True):
                 side.enter()

@@ -76,7 +76,6 @@ def measure(
         total = len(batches) * (warmup + repeats)
         done = 0
         async with DecodeClient(url, workload, api, stream, key=key, engine_key=engine_key, stall_seconds=stall_seconds) as client:
-            await client.check_epoch()
             document.update(await about(client, gpu))
             document.update(settings={**settings, "api": client.api, "stall_seconds": stall_seconds}, results=[], error=None)
             for batch in batches:

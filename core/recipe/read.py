@@ -158,17 +158,11 @@ class _Reader:
 
     def _budget(self, model: Mapping[str, Any], multiple: Any, rounding: Any, backend: Any) -> dict[str, Any]:
         """A number that is given goes before the share that it was made from."""
-        budget: dict[str, Any] = {}
-        self._value(model, "model.keep_n", None, lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number")
-        for name in ("compression_ratio", "keep_frac_requested"):
-            self._value(model, f"model.{name}", None, lambda value: _is_number(value) or isinstance(value, str), "a share")
-        if model.get("keep_n") is not None:
-            budget["keep"] = model["keep_n"]
-        elif model.get("compression_ratio") is not None:
-            budget["compression_ratio"] = model["compression_ratio"]
-        elif model.get("keep_frac_requested") is not None:
-            budget["keep_frac"] = model["keep_frac_requested"]
-        else:
+        numbers = {"keep": self._value(model, "model.keep_n", None, _is_whole, "a whole number")}
+        for name, field in (("compression_ratio", "compression_ratio"), ("keep_frac", "keep_frac_requested")):
+            numbers[name] = self._value(model, f"model.{field}", None, lambda value: _is_number(value) or isinstance(value, str), "a share")
+        budget = next(({name: value} for name, value in numbers.items() if value is not None), None)
+        if budget is None:
             raise RecipeError(self.source, "model.keep_n", "nothing", "keep_n, keep_frac_requested or compression_ratio")
         given = {"rounding": rounding, "keep_multiple": multiple, "backend": backend}
         return {**budget, **{name: value for name, value in given.items() if value is not None}}
@@ -183,7 +177,7 @@ class _Reader:
         return value
 
     def _count(self, section: Mapping[str, Any], field: str) -> int:
-        found: int = self._value(section, field, 0, lambda value: type(value) is int and value >= 0, "a whole number from 0 on")
+        found: int = self._value(section, field, 0, lambda value: _is_whole(value) and value >= 0, "a whole number from 0 on")
         return found
 
     def _path(self, section: Mapping[str, Any], name: str) -> str | None:
@@ -220,3 +214,7 @@ class _Reader:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

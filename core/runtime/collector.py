@@ -307,6 +307,8 @@ class Collector:
         Raises:
             ControlError: refused; nothing has changed.
         """
+        if self._failed is not None and action != "reset":
+            raise ControlError(500, "statistics_failed", f"{self._failed}; what was counted may be wrong; expected a reset before")
         actions: dict[str, Callable[..., Any]] = {"start": self._start, "stop": self._stop, "reset": self._reset, "file": self._file}
         return actions[action](**arguments)
 
@@ -342,7 +344,6 @@ class Collector:
 
     def _start(self, mode: str, **settings: Any) -> dict[str, Any]:
         wanted = Settings(mode, **settings)
-        self._check_not_failed()
         if self._running is not None:
             raise ControlError(409, "already_collecting", f"mode {self._running.settings.mode} is being collected; expected a stop before")
         if MODES.index(mode) > MODES.index(self._most) or (wanted.samples and self.sampler is None):
@@ -363,12 +364,7 @@ class Collector:
         self._begin()
         return self.status()
 
-    def _check_not_failed(self) -> None:
-        if self._failed is not None:
-            raise ControlError(500, "statistics_failed", f"{self._failed}; what was counted may be wrong; expected a reset before")
-
     def _stop(self) -> dict[str, Any]:
-        self._check_not_failed()
         if self._running is None:
             raise ControlError(409, "not_collecting", "nothing is being collected; expected a start before")
         self._close()
@@ -428,7 +424,6 @@ class Collector:
         self._running = None
 
     def _file(self, mask: str | None = None) -> dict[str, str]:
-        self._check_not_failed()
         if self._settings is None:
             raise ControlError(404, "never_started", "no statistics: POST stats/start has never been called")
         wanted = self._hash if mask is None else None if mask == "none" else mask

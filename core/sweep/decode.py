@@ -58,7 +58,7 @@ def decode_beside(base: ServerClient, server: ServerClient, mask: ExpertMask | N
     workload, names = Workload(decode.prompt_tokens, decode.max_new_tokens), (BASE_NAME, label)
     options: dict[str, Any] = {"repeats": decode.repeats, "engine_key": base.engine_key}
     if server is base:
-        found = compare(Masks(base.url, None, mask, names), workload, [decode.batch], key=base.key, client=base, **options)
+        found = compare(Masks(base.url, None, mask, names), workload, [decode.batch], client=base, **options)
     else:
         base.switch(None)
         server.switch(mask)
